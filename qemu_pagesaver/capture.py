@@ -1,0 +1,403 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Capture: an outgoing migration of QEMU, read into the C core.
+
+A guest that is to go on is captured *live*: QEMU sends its memory while it runs,
+then stops it and sends what was written meanwhile, and the devices. So the guest
+waits for a part of its memory instead of all of it, and it is QEMU that stops it
+and lets it go on: if we are killed in the middle, our end of the socket closes,
+the migration fails and the guest runs on by itself.
+
+A capture ends in one of two ways:
+
+*Refused* (QEMU 8.2 and later). On the return path we say early that the destination
+failed. QEMU sends its stream to the end, sees then that it is not wanted, takes its
+disks back and returns to the run state it had: running or paused, and a paused guest
+can be saved again. It costs that ``query-migrate`` says ``failed`` afterwards, which
+is true: the guest has not gone anywhere.
+
+*Completed* (before 8.2, where the first word of refusal closes the whole connection).
+The migration completes, the guest is ``postmigrate``, and ``cont`` lets it go on. One
+that was found paused stays in that state: it can run, but QEMU refuses to
+migrate it again until it has.
+
+See migration_completion() and migration_iteration_finish() in QEMU's
+migration/migration.c.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import socket
+import struct
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qemu_pagesaver import errors
+from qemu_pagesaver.migration import (
+    ENDED,
+    LONGEST_DOWNTIME_MS,
+    UNLIMITED_BANDWIDTH,
+    migration_settings,
+    query_capabilities,
+    query_migrate,
+    to_the_end,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from qemu_pagesaver.native import Saver, SaverStats
+    from qemu_pagesaver.qmp import Events, Qmp
+    from qemu_pagesaver.report import Report
+
+# A live guest is stopped as soon as the rest takes this long to send, ...
+_TARGET_DOWNTIME_MS = 50
+# ... and in any case when its memory has been gone over this often: who writes
+# as fast as we read would never be saved. QEMU counts passes from 1.
+_LAST_LIVE_PASS = 3
+PAGE_SIZE = 4096
+# Without a byte or an event for so long (seconds) QEMU is taken to hang.
+_STALL = 30.0
+_TICK = 0.2
+_COMMAND_DEADLINE = 5.0
+_SETTLE_DEADLINE = 30.0
+# QEMU's MIG_RP_MSG_SHUT with the value 1: the destination has failed.
+_REFUSAL = struct.pack(">HHI", 1, 4, 1)
+_SWITCHOVER = "pause-before-switchover"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pause:
+    """How long a guest did not run, in seconds.
+
+    Attributes:
+        total: From its stop until it ran again; where it does not go on, until
+            all of its state was read; 0 for one that was paused already.
+        stop: From the stop until the overlays were begun.
+        overlay: The disks' overlays.
+        drain: Sending what was left, and the devices.
+        resume: Going on.
+    """
+
+    total: float = 0.0
+    stop: float = 0.0
+    overlay: float = 0.0
+    drain: float = 0.0
+    resume: float = 0.0
+
+
+async def capture(
+    qmp: Qmp,
+    saver: Saver,
+    *,
+    running: bool,
+    go_on: bool = True,
+    live: bool = True,
+    overlays: Callable[[], Awaitable[None]] | None = None,
+    report: Report,
+) -> Pause:
+    """Read a guest's whole state into ``saver`` and leave the guest as found.
+
+    Args:
+        qmp: The guest; no migration may be active.
+        saver: Takes the stream; its ``end()`` has succeeded on return.
+        running: Whether the guest runs now.
+        go_on: Whether it is to run on. If not, it is stopped first and stays
+            stopped; `cont` would let it go on.
+        live: Whether memory may be sent while the guest runs.
+        overlays: Called once, while the guest stands still.
+        report: Gets progress.
+
+    Raises:
+        MigrationFailed: QEMU gave up.
+        QemuTimeout: QEMU sent nothing for a long time.
+        QemuDied: QEMU ended.
+        PagesaverError: The stream cannot be used, or the spool not be written.
+    """
+    known = await query_capabilities(qmp)
+    found = await qmp.execute("query-migrate-parameters")
+    # No command tells how a return path is closed; this parameter came with the
+    # same release as "migration: Consolidate return path closing code".
+    refuse = "avail-switchover-bandwidth" in found
+    live = live and running and go_on
+    at_switchover = live and overlays is not None and _SWITCHOVER in known
+    # Whatever changes the stream is off; what changes only when and how fast it
+    # comes is off as well.
+    capabilities = dict.fromkeys(known, False) | {
+        "events": True,
+        "return-path": refuse,
+        # Only where it is needed: if we are killed at this point, QEMU waits.
+        _SWITCHOVER: at_switchover,
+    }
+    session = _Session(
+        qmp,
+        saver,
+        running=running,
+        go_on=go_on,
+        live=live,
+        refuse=refuse,
+        overlays=overlays,
+        at_switchover=at_switchover,
+        report=report,
+    )
+    async with migration_settings(
+        qmp, capabilities=capabilities, parameters=_parameters(found)
+    ):
+        try:
+            return await session.run()
+        except BaseException:
+            await to_the_end(session.undo())
+            raise
+        finally:
+            session.close()
+
+
+def _parameters(found: dict[str, Any]) -> dict[str, object]:
+    """Return the parameters to set, of those that this QEMU has."""
+    wanted: dict[str, object] = {
+        "max-bandwidth": UNLIMITED_BANDWIDTH,
+        # Small for a paused guest too: with much left QEMU would send it while
+        # it holds the lock that QMP needs.
+        "downtime-limit": _TARGET_DOWNTIME_MS,
+        "tls-creds": "",
+        "mode": "normal",
+    }
+    if found.get("zero-page-detection") == "none":
+        wanted["zero-page-detection"] = "legacy"
+    return {name: value for name, value in wanted.items() if name in found}
+
+
+class _Session:
+    """One capture: what was done so far, so that it can be undone."""
+
+    def __init__(
+        self,
+        qmp: Qmp,
+        saver: Saver,
+        *,
+        running: bool,
+        go_on: bool,
+        live: bool,
+        refuse: bool,
+        overlays: Callable[[], Awaitable[None]] | None,
+        at_switchover: bool,
+        report: Report,
+    ) -> None:
+        self._qmp = qmp
+        self._saver = saver
+        self._running = running
+        self._go_on = go_on
+        self._live = live
+        self._refuse = refuse
+        self._overlays = overlays
+        self._at_switchover = at_switchover
+        self._report = report
+        self._ours, self._theirs = socket.socketpair()
+        self._name = f"pagesaver-{secrets.token_hex(8)}"
+        self._drain: asyncio.Future[None] | None = None
+        self._stopped_by_us = False
+        self._switching = False
+        # Wall-clock seconds, as QEMU's events have them.
+        self._stopped_at = 0.0
+        self._overlay_begin = 0.0
+        self._overlay_end = 0.0
+        self._sent_at = 0.0
+        self._resumed_at = 0.0
+
+    async def run(self) -> Pause:
+        names = ("STOP", "RESUME", "MIGRATION", "MIGRATION_PASS")
+        async with self._qmp.listen(names) as events:
+            await self._qmp.pass_fd(self._name, self._theirs.fileno())
+            # The only other end is QEMU's now, so that we see its end of file.
+            self._theirs.close()
+            if self._running and not self._live:
+                self._stopped_by_us = True
+                self._stopped_at = time.time()
+                await self._qmp.execute("stop")
+            if self._overlays is not None and not self._at_switchover:
+                await self._make_overlays()
+            await self._qmp.execute("migrate", {"uri": f"fd:{self._name}"})
+            if self._refuse and not self._live:
+                self._say_refused()
+            loop = asyncio.get_running_loop()
+            self._drain = loop.run_in_executor(
+                None, self._saver.drain, self._ours.fileno()
+            )
+            status = await self._watch(events)
+            if self._running and self._go_on:
+                await self._resume(events)
+            await self._finish(status)
+        return self._pause()
+
+    async def _watch(self, events: Events) -> str:
+        """Follow the migration to its end; return the status it ended with."""
+        assert self._drain is not None  # noqa: S101 - for the type checker
+        follow = asyncio.ensure_future(self._follow(events))
+        try:
+            seen = -1
+            seen_at = time.monotonic()
+            while not follow.done():
+                waiting = {follow} if self._drain.done() else {follow, self._drain}
+                await asyncio.wait(
+                    waiting, timeout=_TICK, return_when=asyncio.FIRST_COMPLETED
+                )
+                if self._drain.done() and not follow.done():
+                    self._drain.result()
+                stats = self._saver.stats()
+                self._progress(stats)
+                if stats.bytes_in != seen or self._switching:
+                    seen = stats.bytes_in
+                    seen_at = time.monotonic()
+                elif time.monotonic() - seen_at > _STALL:
+                    raise errors.QemuTimeout(
+                        f"QEMU (pid {self._qmp.peer_pid}) sent nothing of its state "
+                        f"for {_STALL:g} s"
+                    )
+            return follow.result()
+        finally:
+            if not follow.done():
+                follow.cancel()
+                await asyncio.wait({follow})
+
+    def _progress(self, stats: SaverStats) -> None:
+        done = (stats.pages_seen - stats.pages_resent) * PAGE_SIZE
+        self._report.progress("capture", done, stats.ram_bytes)
+
+    async def _follow(self, events: Events) -> str:
+        async for name, data in events:
+            if name == "STOP":
+                self._stopped_at = events.time
+                if self._refuse and self._live:
+                    self._say_refused()
+            elif name == "MIGRATION_PASS":
+                if self._live and data.get("pass", 0) >= _LAST_LIVE_PASS:
+                    await self._qmp.execute(
+                        "migrate-set-parameters",
+                        {"downtime-limit": LONGEST_DOWNTIME_MS},
+                    )
+            elif name == "MIGRATION":
+                status = str(data.get("status"))
+                if status == "pre-switchover":
+                    await self._make_overlays()
+                    await self._qmp.execute(
+                        "migrate-continue", {"state": "pre-switchover"}
+                    )
+                elif status in ENDED:
+                    self._sent_at = events.time
+                    return status
+        raise AssertionError("events end with an exception")
+
+    def _say_refused(self) -> None:
+        """Tell QEMU that nobody takes this guest over; nothing else answers it."""
+        with contextlib.suppress(OSError):  # then its migration fails anyway
+            self._ours.send(_REFUSAL, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+
+    async def _make_overlays(self) -> None:
+        if self._overlays is None:
+            return
+        self._switching = True
+        self._overlay_begin = time.time()
+        await self._overlays()
+        self._overlay_end = time.time()
+        self._switching = False
+
+    async def _resume(self, events: Events) -> None:
+        """Let the guest go on, or see that QEMU did.
+
+        All that QEMU has sent is in the socket by now, so that nothing of it can
+        change, even if the last of it is not read yet.
+        """
+        if self._stopped_by_us or not self._refuse:
+            migration = await query_migrate(self._qmp)
+            # Of a live guest whose migration failed QEMU takes care itself.
+            if self._stopped_by_us or migration.status == "completed":
+                await self._qmp.execute("cont")
+                self._stopped_by_us = False
+        if not self._stopped_at:
+            return
+        try:
+            async with asyncio.timeout(_COMMAND_DEADLINE):
+                async for name, _ in events:
+                    if name == "RESUME":
+                        self._resumed_at = events.time
+                        return
+        except TimeoutError:
+            state = await self._qmp.execute("query-status")
+            if not state["running"]:
+                # It may be another client's will: it is not for us to run it.
+                self._report.note(
+                    f"the guest did not go on after the capture: it is "
+                    f"{state['status']}; `cont` lets it run"
+                )
+
+    async def _finish(self, status: str) -> None:
+        """Wait for the end of the stream and check that it is whole."""
+        assert self._drain is not None  # noqa: S101 - for the type checker
+        try:
+            async with asyncio.timeout(_SETTLE_DEADLINE):
+                await asyncio.shield(self._drain)
+            await asyncio.to_thread(self._saver.end)
+        except TimeoutError:
+            raise errors.QemuTimeout(
+                f"QEMU (pid {self._qmp.peer_pid}) did not close the migration"
+            ) from None
+        except (errors.Truncated, errors.NotASnapshot) as error:
+            if status == "completed":
+                raise
+            reason = (await query_migrate(self._qmp)).error or str(error)
+            raise errors.MigrationFailed(
+                f"QEMU gave the capture up ({status}): {reason}"
+            ) from error
+        self._progress(self._saver.stats())
+
+    def _pause(self) -> Pause:
+        if not self._running or not self._stopped_at:
+            return Pause()
+        overlaid = bool(self._overlay_end)
+        sending = self._overlay_end if overlaid else self._stopped_at
+        end = self._resumed_at or self._sent_at
+        return Pause(
+            total=max(0.0, end - self._stopped_at),
+            stop=max(0.0, self._overlay_begin - self._stopped_at) if overlaid else 0.0,
+            overlay=max(0.0, self._overlay_end - self._overlay_begin),
+            drain=max(0.0, self._sent_at - sending),
+            resume=max(0.0, end - self._sent_at),
+        )
+
+    async def undo(self) -> None:
+        """Bring the guest back to how it was found, whatever was done so far."""
+        self._saver.cancel()
+        # QEMU notices a closed connection even while it answers no command.
+        with contextlib.suppress(OSError):
+            self._ours.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(errors.QemuError):
+            await self._stop_migration()
+            state = await self._qmp.execute("query-status", timeout=_COMMAND_DEADLINE)
+            completed = self._running and state["status"] == "postmigrate"
+            if self._stopped_by_us or completed:
+                await self._qmp.execute("cont", timeout=_COMMAND_DEADLINE)
+            with contextlib.suppress(errors.QemuRefused):  # `migrate` took it
+                await self._qmp.execute(
+                    "closefd", {"fdname": self._name}, timeout=_COMMAND_DEADLINE
+                )
+        if self._drain is not None:
+            await asyncio.wait({self._drain})
+            with contextlib.suppress(Exception):
+                self._drain.result()
+
+    async def _stop_migration(self) -> None:
+        if self._qmp.closed:
+            return
+        await self._qmp.execute("migrate_cancel", timeout=_COMMAND_DEADLINE)
+        deadline = time.monotonic() + _SETTLE_DEADLINE
+        while (await query_migrate(self._qmp)).active:
+            if time.monotonic() > deadline:
+                raise errors.QemuTimeout("QEMU does not end its migration")
+            await asyncio.sleep(0.002)
+
+    def close(self) -> None:
+        self._ours.close()
+        self._theirs.close()
