@@ -76,8 +76,8 @@ class Pause:
     Attributes:
         total: From its stop until it ran again; where it does not go on, until
             all of its state was read; 0 for one that was paused already.
-        stop: From the stop until the overlays were begun.
-        overlay: The disks' overlays.
+        stop: From the stop until its disks were taken care of, ..
+        overlay: .. and how long that took.
         drain: Sending what was left, and the devices.
         resume: Going on.
     """
@@ -96,7 +96,7 @@ async def capture(
     running: bool,
     go_on: bool = True,
     live: bool = True,
-    overlays: Callable[[], Awaitable[None]] | None = None,
+    at_standstill: Callable[[], Awaitable[None]] | None = None,
     report: Report,
 ) -> Pause:
     """Read a guest's whole state into ``saver`` and leave the guest as found.
@@ -108,7 +108,7 @@ async def capture(
         go_on: Whether it is to run on. If not, it is stopped first and stays
             stopped; `cont` would let it go on.
         live: Whether memory may be sent while the guest runs.
-        overlays: Called once, while the guest stands still.
+        at_standstill: Called once, while the guest does not run; for its disks.
         report: Gets progress.
 
     Raises:
@@ -123,7 +123,7 @@ async def capture(
     # same release as "migration: Consolidate return path closing code".
     refuse = "avail-switchover-bandwidth" in found
     live = live and running and go_on
-    at_switchover = live and overlays is not None and _SWITCHOVER in known
+    at_switchover = live and at_standstill is not None and _SWITCHOVER in known
     # Whatever changes the stream is off; what changes only when and how fast it
     # comes is off as well.
     capabilities = dict.fromkeys(known, False) | {
@@ -139,7 +139,7 @@ async def capture(
         go_on=go_on,
         live=live,
         refuse=refuse,
-        overlays=overlays,
+        at_standstill=at_standstill,
         at_switchover=at_switchover,
         report=report,
     )
@@ -182,7 +182,7 @@ class _Session:
         go_on: bool,
         live: bool,
         refuse: bool,
-        overlays: Callable[[], Awaitable[None]] | None,
+        at_standstill: Callable[[], Awaitable[None]] | None,
         at_switchover: bool,
         report: Report,
     ) -> None:
@@ -192,7 +192,7 @@ class _Session:
         self._go_on = go_on
         self._live = live
         self._refuse = refuse
-        self._overlays = overlays
+        self._at_standstill = at_standstill
         self._at_switchover = at_switchover
         self._report = report
         self._ours, self._theirs = socket.socketpair()
@@ -202,8 +202,8 @@ class _Session:
         self._switching = False
         # Wall-clock seconds, as QEMU's events have them.
         self._stopped_at = 0.0
-        self._overlay_begin = 0.0
-        self._overlay_end = 0.0
+        self._still_begin = 0.0
+        self._still_end = 0.0
         self._sent_at = 0.0
         self._resumed_at = 0.0
 
@@ -217,8 +217,8 @@ class _Session:
                 self._stopped_by_us = True
                 self._stopped_at = time.time()
                 await self._qmp.execute("stop")
-            if self._overlays is not None and not self._at_switchover:
-                await self._make_overlays()
+            if self._at_standstill is not None and not self._at_switchover:
+                await self._stand_still()
             await self._qmp.execute("migrate", {"uri": f"fd:{self._name}"})
             if self._refuse and not self._live:
                 self._say_refused()
@@ -240,7 +240,9 @@ class _Session:
             seen = -1
             seen_at = time.monotonic()
             while not follow.done():
-                waiting = {follow} if self._drain.done() else {follow, self._drain}
+                waiting: set[asyncio.Future[Any]] = {follow}
+                if not self._drain.done():
+                    waiting.add(self._drain)
                 await asyncio.wait(
                     waiting, timeout=_TICK, return_when=asyncio.FIRST_COMPLETED
                 )
@@ -263,8 +265,12 @@ class _Session:
                 await asyncio.wait({follow})
 
     def _progress(self, stats: SaverStats) -> None:
+        # Short of the whole: a report may take its time with the last word, and
+        # the guest would wait.
         done = (stats.pages_seen - stats.pages_resent) * PAGE_SIZE
-        self._report.progress("capture", done, stats.ram_bytes)
+        self._report.progress(
+            "capture", min(done, stats.ram_bytes - 1), stats.ram_bytes
+        )
 
     async def _follow(self, events: Events) -> str:
         async for name, data in events:
@@ -281,7 +287,7 @@ class _Session:
             elif name == "MIGRATION":
                 status = str(data.get("status"))
                 if status == "pre-switchover":
-                    await self._make_overlays()
+                    await self._stand_still()
                     await self._qmp.execute(
                         "migrate-continue", {"state": "pre-switchover"}
                     )
@@ -295,13 +301,13 @@ class _Session:
         with contextlib.suppress(OSError):  # then its migration fails anyway
             self._ours.send(_REFUSAL, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
-    async def _make_overlays(self) -> None:
-        if self._overlays is None:
+    async def _stand_still(self) -> None:
+        if self._at_standstill is None:
             return
         self._switching = True
-        self._overlay_begin = time.time()
-        await self._overlays()
-        self._overlay_end = time.time()
+        self._still_begin = time.time()
+        await self._at_standstill()
+        self._still_end = time.time()
         self._switching = False
 
     async def _resume(self, events: Events) -> None:
@@ -351,18 +357,19 @@ class _Session:
             raise errors.MigrationFailed(
                 f"QEMU gave the capture up ({status}): {reason}"
             ) from error
-        self._progress(self._saver.stats())
+        stats = self._saver.stats()
+        self._report.progress("capture", stats.ram_bytes, stats.ram_bytes)
 
     def _pause(self) -> Pause:
         if not self._running or not self._stopped_at:
             return Pause()
-        overlaid = bool(self._overlay_end)
-        sending = self._overlay_end if overlaid else self._stopped_at
+        overlaid = bool(self._still_end)
+        sending = self._still_end if overlaid else self._stopped_at
         end = self._resumed_at or self._sent_at
         return Pause(
             total=max(0.0, end - self._stopped_at),
-            stop=max(0.0, self._overlay_begin - self._stopped_at) if overlaid else 0.0,
-            overlay=max(0.0, self._overlay_end - self._overlay_begin),
+            stop=max(0.0, self._still_begin - self._stopped_at) if overlaid else 0.0,
+            overlay=max(0.0, self._still_end - self._still_begin),
             drain=max(0.0, self._sent_at - sending),
             resume=max(0.0, end - self._sent_at),
         )

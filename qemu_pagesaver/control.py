@@ -8,7 +8,10 @@ pid that is used again is another guest)
   the kernel lets go of it however the pager ends;
 - ``.json``: the record: what a later pager or ``status`` needs to know;
 - ``.sock``: the control socket, JSON lines: one request, answers until
-  ``return`` or ``error``.
+  ``return`` or ``error``;
+
+and for each QEMU that we started a directory ``guest-TOKEN`` with the sockets that
+were put there, whose file ``owner`` has the key of the process it lives with.
 
 A record whose guest has ended is stale; whoever finds it removes it. A record
 whose guest lives but whose lock is free belongs to a lost pager: ``recover``
@@ -23,6 +26,7 @@ import fcntl
 import json
 import os
 import select
+import shutil
 import socket
 import stat
 import tempfile
@@ -36,6 +40,8 @@ from qemu_pagesaver.report import Report
 
 RUNTIME_VARIABLE = "QEMU_PAGESAVER_RUNTIME_DIR"
 _SUFFIXES = (".json", ".sock", ".lock")
+_GUEST_PREFIX = "guest-"
+_OWNER = "owner"
 _MAX_REQUEST = 4096
 _MAX_ANSWER = 1 << 20
 _MAX_RECORD = 1 << 20
@@ -122,7 +128,7 @@ class Record:
         preempt: Whether QEMU expects the second channel.
         capabilities: Migration capabilities to be put back at the end.
         spawned: We started this QEMU.
-        files: Further files to be removed with the record.
+        directory: ``guest-TOKEN`` of a QEMU that we started, or "".
     """
 
     pid: int
@@ -137,7 +143,7 @@ class Record:
     preempt: bool
     capabilities: dict[str, bool]
     spawned: bool
-    files: list[str]
+    directory: str
 
     @property
     def key(self) -> str:
@@ -200,7 +206,9 @@ def find_guest(guest: str | None) -> Running:
     every = list_guests()
     fitting = [item for item in every if guest is None or item.record.matches(guest)]
     if not fitting:
-        known = ", ".join(f"{item.record.name} (pid {item.record.pid})" for item in every)
+        known = ", ".join(
+            f"{item.record.name} (pid {item.record.pid})" for item in every
+        )
         if guest is None:
             raise errors.NoPager("no pager runs", hint="`restore` starts one.")
         raise errors.NoPager(
@@ -234,24 +242,52 @@ def _remove_stale(record: Record) -> None:
     """Remove what belongs to a guest that has ended, unless its pager lives."""
     if _is_locked(record.key):
         return
-    directory = runtime_directory()
-    for name in record.files:
-        # Only what lies beside the record: a record is no licence to delete.
-        path = Path(name)
-        if path.parent == directory:
-            path.unlink(missing_ok=True)
     for suffix in _SUFFIXES:
-        (directory / f"{record.key}{suffix}").unlink(missing_ok=True)
+        (runtime_directory() / f"{record.key}{suffix}").unlink(missing_ok=True)
 
 
 def _remove_orphans() -> None:
-    """Remove locks and sockets of processes that have ended."""
+    """Remove locks, sockets and directories of processes that have ended."""
     for path in runtime_directory().iterdir():
-        pid, _, started = path.stem.partition("-")
-        if path.suffix not in (".lock", ".sock") or not (pid + started).isdigit():
-            continue
-        if start_time(int(pid)) != int(started) and not _is_locked(path.stem):
-            path.unlink(missing_ok=True)
+        if path.name.startswith(_GUEST_PREFIX):
+            _remove_orphaned_directory(path)
+        elif path.suffix in (".lock", ".sock") and not _is_alive(path.stem):
+            if not _is_locked(path.stem):
+                path.unlink(missing_ok=True)
+
+
+def _is_alive(key: str) -> bool:
+    """Say whether the process of a key lives; what is no key counts as alive."""
+    pid, _, started = key.partition("-")
+    if not (pid.isdigit() and started.isdigit()):
+        return True
+    return start_time(int(pid)) == int(started)
+
+
+def _remove_orphaned_directory(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        if not _is_alive((path / _OWNER).read_text()):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def make_guest_directory() -> Path:
+    """Make a private directory for the sockets of a QEMU to be started."""
+    path = Path(tempfile.mkdtemp(prefix=_GUEST_PREFIX, dir=runtime_directory()))
+    own_guest_directory(path, os.getpid())
+    return path
+
+
+def own_guest_directory(path: Path, pid: int) -> None:
+    """Let a directory live as long as a process does."""
+    with contextlib.suppress(errors.QemuDied):
+        (path / _OWNER).write_text(guest_key(pid))
+
+
+def tidy_guest_directory(path: Path) -> None:
+    """Remove a directory of a guest unless sockets are left in it."""
+    with contextlib.suppress(FileNotFoundError):
+        if [each.name for each in path.iterdir()] == [_OWNER]:
+            shutil.rmtree(path)
 
 
 @contextlib.contextmanager
@@ -303,8 +339,6 @@ def write_record(record: Record) -> None:
 
 def remove_record(record: Record) -> None:
     """Forget a guest that has everything, or has ended."""
-    for name in record.files:
-        Path(name).unlink(missing_ok=True)
     path = runtime_directory() / f"{record.key}.json"
     path.unlink(missing_ok=True)
 
@@ -427,7 +461,9 @@ class ControlServer:
                     raise TypeError("a request is an object")
                 await self._answer(request, writer)
             except (ValueError, TypeError) as error:
-                await _send(writer, {"error": {"error": "usage", "message": str(error)}})
+                await _send(
+                    writer, {"error": {"error": "usage", "message": str(error)}}
+                )
             finally:
                 writer.close()
         self._talks.discard(task)

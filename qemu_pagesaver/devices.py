@@ -28,7 +28,7 @@ from qemu_pagesaver import errors
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-Value: TypeAlias = "int | bool | bytes | None | tuple[Value, ...]"
+Value: TypeAlias = "int | bool | bytes | tuple[Value, ...] | None"
 
 _SECTION_FULL = 0x04
 _SUBSECTION = 0x05
@@ -165,9 +165,7 @@ def machine_name(configuration: bytes) -> str:
     return configuration[5 : 5 + length].decode("utf-8", "replace")
 
 
-def decode(
-    description: bytes, devices: bytes, *, footers: bool
-) -> tuple[Device, ...]:
+def decode(description: bytes, devices: bytes, *, footers: bool) -> tuple[Device, ...]:
     """Take DEVICES apart with DESCRIPTION (FORMAT.md); both as in the stream.
 
     Without a description (empty) sections are found by their footers, and no
@@ -255,7 +253,7 @@ def architecture(devices: Sequence[Device]) -> str | None:
     for device in devices:
         if device.name == "cpu":
             for mark, name in marks.items():
-                if _find(device._layout, mark, 0):  # noqa: SLF001 - same module
+                if _find(device._layout, mark, 0):
                     return name
     return None
 
@@ -314,9 +312,7 @@ def _section(
     if header is None:
         raise _damaged("a section's header is cut off", at)
     start = at + header.length
-    kind, layout, size = described.get(
-        (header.name, header.instance), ("", (), -1)
-    )
+    kind, layout, size = described.get((header.name, header.instance), ("", (), -1))
     end = start + size
     exact = size >= 0 and _fits(devices, layout, start, end, header, footers=footers)
     if not exact:

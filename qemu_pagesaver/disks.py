@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 from qemu_pagesaver import errors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Coroutine, Iterable, Mapping, Sequence
 
 MODES = ("overlay", "check", "none")
 OVERLAY_FORMAT = "qcow2"
@@ -56,7 +56,7 @@ class QmpLike(Protocol):
 
     async def execute(
         self, command: str, arguments: Mapping[str, object] | None = None
-    ) -> Any:
+    ) -> Any:  # noqa: ANN401 - whatever JSON has
         """Execute a command and return its value."""
 
 
@@ -195,7 +195,7 @@ def from_documents(documents: object) -> list[Disk]:
     """Read META's `disks`; None or absent: no disks."""
     if documents is None:
         return []
-    if not isinstance(documents, list):
+    if not isinstance(documents, list | tuple):
         raise errors.Damaged("META: disks is no list")
     return [Disk.from_document(document) for document in documents]
 
@@ -255,9 +255,7 @@ def needs_choice(disks: Iterable[Disk]) -> list[Disk]:
 def with_mode(disks: Iterable[Disk], mode: str) -> list[Disk]:
     """Return the disks with another mode; a read-only one needs no overlay."""
     return [
-        replace(
-            disk, mode="check" if mode == "overlay" and disk.read_only else mode
-        )
+        replace(disk, mode="check" if mode == "overlay" and disk.read_only else mode)
         for disk in disks
     ]
 
@@ -317,6 +315,7 @@ class Overlays:
     """
 
     def __init__(self, qmp: QmpLike) -> None:
+        """Begin with none; see :func:`prepare_overlays`."""
         self._qmp = qmp
         self.made: tuple[Overlay, ...] = ()
         self.switched = False
@@ -365,9 +364,7 @@ class Overlays:
                 with contextlib.suppress(errors.QemuRefused):
                     await self._qmp.execute("blockdev-del", {"node-name": node})
             self.made = self.made[:-1]
-            try:
-                Path(made.filename).unlink(missing_ok=True)
-            except OSError:
+            if not _removed(made.filename):
                 left.append(made.filename)
         self.switched = False
         return tuple(left)
@@ -457,7 +454,7 @@ async def prepare_overlays(
                 filename=str(_overlay_path(disk, directory, token)),
                 node=f"pagesaver-{token}",
             )
-            await overlays._add(overlay)  # noqa: SLF001 - same module
+            await overlays._add(overlay)
     except BaseException:
         await _finish(overlays.undo())
         raise
@@ -480,7 +477,15 @@ async def make_overlays(
     return overlays
 
 
-async def _finish(work: Any) -> None:
+def _removed(name: str) -> bool:
+    try:
+        Path(name).unlink(missing_ok=True)
+    except OSError:
+        return False
+    return True
+
+
+async def _finish(work: Coroutine[object, object, object]) -> None:
     """Await cleaning up to its end, also when the task is cancelled again."""
     task = asyncio.ensure_future(work)
     while not task.done():
@@ -525,7 +530,7 @@ def _disk(entry: Mapping[str, Any], directory: str | None) -> Disk:
     inserted = entry["inserted"]
     image = inserted["image"]
     cache = inserted.get("cache", {})
-    layers = []
+    layers: list[Layer] = []
     node = image
     while node and len(layers) < _MAX_LAYERS:
         layers.append(
@@ -590,7 +595,7 @@ def _stamped(disk: Disk, opened: set[tuple[int, int]] | None) -> Disk:
     if disk.kind in ("network", "descriptor"):
         return disk
     kind = disk.kind
-    layers = []
+    layers: list[Layer] = []
     for number, layer in enumerate(disk.layers):
         if not layer.filename.startswith("/"):
             layers.append(layer)

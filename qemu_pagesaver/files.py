@@ -215,7 +215,7 @@ def _open_spool(directory: str | os.PathLike[str]) -> int:
 
 def file_system(path: str | os.PathLike[str]) -> str:
     """Return the type of the file system of ``path`` ("ext4"), or ""."""
-    device = os.stat(path).st_dev
+    device = Path(path).stat().st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/mountinfo").read_text().splitlines():

@@ -63,7 +63,7 @@ def _block(block: RamBlock) -> dict[str, Any]:
         "pages": {
             "zero": block.pages_zero,
             "fill": block.pages_fill,
-            "data": block.pages_data,
+            "stored": block.pages_data,  # data and shared ones
             "absent": block.pages_absent,
         },
     }

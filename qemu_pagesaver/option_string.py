@@ -16,11 +16,26 @@ from typing import Any, Self
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One property; ``raw`` is its text on the command line, if it had one."""
+    """One property.
+
+    Attributes:
+        key: Dotted, where it lies in a structure.
+        value: Text, or whatever JSON has.
+        raw: Its text on the command line, if it had one.
+        is_bare: It is written without its key, which is implied.
+    """
 
     key: str
     value: Any
     raw: str | None = None
+    is_bare: bool = False
+
+    def __str__(self) -> str:
+        """Return it as it stands on a command line that is not JSON."""
+        if self.raw is not None:
+            return self.raw
+        value = escape(self.text())
+        return value if self.is_bare and "=" not in value else f"{self.key}={value}"
 
     def text(self) -> str:
         """Return the value as QEMU's key=value syntax has it."""
@@ -35,6 +50,7 @@ class OptionString:
 
     items: tuple[Item, ...]
     is_json: bool = False
+    original: str | None = None
 
     @classmethod
     def parse(cls, text: str, *, implied: str = "") -> Self:
@@ -44,7 +60,8 @@ class OptionString:
             ValueError: The argument begins like JSON and is none.
         """
         if text.startswith("{"):
-            return cls(items=tuple(_flatten(_load(text))), is_json=True)
+            items = tuple(_flatten(_load(text)))
+            return cls(items=items, is_json=True, original=text)
         parts = _split(text)
         return cls(
             items=tuple(
@@ -57,12 +74,16 @@ class OptionString:
 
     def __str__(self) -> str:
         """Return the text for the command line."""
+        if self.original is not None:
+            return self.original
         if self.is_json:
             return json.dumps(_unflatten(self.items))
-        return ",".join(
-            f"{item.key}={escape(item.text())}" if item.raw is None else item.raw
-            for item in self.items
-        )
+        return ",".join(map(str, self.items))
+
+    def _changed(self, items: tuple[Item, ...]) -> Self:
+        if items == self.items:
+            return self
+        return replace(self, items=items, original=None)
 
     def get(self, key: str, default: str = "") -> str:
         """Return the value of a property as text; the last one counts."""
@@ -86,30 +107,43 @@ class OptionString:
 
     def with_(self, key: str, value: str | bool) -> Self:
         """Return a copy in which a property has a value (in its old place)."""
-        new = Item(key=key, value=value)
-        items = [new if item.key == key else item for item in self.items]
-        if new not in items:
-            items.append(new)
-        return replace(self, items=tuple(items))
+        items = [
+            Item(key=key, value=value, is_bare=item.is_bare)
+            if item.key == key
+            else item
+            for item in self.items
+        ]
+        if not any(item.key == key for item in items):
+            items.append(Item(key=key, value=value))
+        return self._changed(tuple(items))
 
     def without(self, *keys: str) -> Self:
         """Return a copy without these properties and structures."""
-        return replace(
-            self,
-            items=tuple(
+        return self._changed(
+            tuple(
                 item
                 for item in self.items
                 if not any(
                     item.key == key or item.key.startswith(key + ".") for key in keys
                 )
+            )
+        )
+
+    def replaced(self, key: str, old: str, new: str) -> Self:
+        """Return a copy in which one value of a repeated property is another."""
+        return self._changed(
+            tuple(
+                Item(key=key, value=new)
+                if item.key == key and item.text() == old
+                else item
+                for item in self.items
             ),
         )
 
     def renamed(self, old: str, new: str) -> Self:
         """Return a copy in which a property has another key."""
-        return replace(
-            self,
-            items=tuple(
+        return self._changed(
+            tuple(
                 Item(key=new, value=item.value) if item.key == old else item
                 for item in self.items
             ),
@@ -146,7 +180,7 @@ def _parse_item(raw: str, implied: str) -> Item:
     if equals and "," not in key:
         return Item(key=key, value=value.replace(",,", ","), raw=raw)
     if implied:
-        return Item(key=implied, value=raw.replace(",,", ","), raw=raw)
+        return Item(key=implied, value=raw.replace(",,", ","), raw=raw, is_bare=True)
     if raw.startswith("no") and len(raw) > 2:
         return Item(key=raw[2:], value=False, raw=raw)
     return Item(key=raw, value=True, raw=raw)
@@ -160,7 +194,7 @@ def _load(text: str) -> dict[str, Any]:
     return document
 
 
-def _flatten(document: Any, prefix: str = "") -> Iterator[Item]:
+def _flatten(document: object, prefix: str = "") -> Iterator[Item]:
     """Yield the leaves of a document; json.loads has bounded its depth."""
     if isinstance(document, dict | list) and document:
         pairs = document.items() if isinstance(document, dict) else enumerate(document)
@@ -172,7 +206,7 @@ def _flatten(document: Any, prefix: str = "") -> Iterator[Item]:
         yield Item(key=prefix, value=document)
 
 
-def _unflatten(items: tuple[Item, ...]) -> Any:
+def _unflatten(items: tuple[Item, ...]) -> object:
     root: dict[str, Any] = {}
     for item in items:
         *path, last = item.key.split(".")
@@ -183,7 +217,7 @@ def _unflatten(items: tuple[Item, ...]) -> Any:
     return _lists(root)
 
 
-def _lists(node: Any) -> Any:
+def _lists(node: object) -> object:
     """Turn objects whose keys are 0, 1, 2, .. back into lists."""
     if not isinstance(node, dict):
         return node

@@ -56,7 +56,7 @@ def find_qemu(socket_path: str, *, peer: int, pid: int | None) -> int | None:
 def binary_name(pid: int) -> str | None:
     """Return the file name of a process's program; None: no such process."""
     with contextlib.suppress(OSError):
-        return Path(os.readlink(f"/proc/{pid}/exe")).name.removesuffix(" (deleted)")
+        return Path(f"/proc/{pid}/exe").readlink().name.removesuffix(" (deleted)")
     # Another user's process: its command line is readable nevertheless.
     with contextlib.suppress(OSError):
         first = Path(f"/proc/{pid}/cmdline").read_bytes().partition(b"\0")[0]
@@ -88,7 +88,7 @@ def _holds_socket(pid: int, path: str) -> bool | None:
         }
         if not inodes:
             return None
-        targets = {os.readlink(entry.path) for entry in os.scandir(f"/proc/{pid}/fd")}
+        targets = {str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir()}
     except OSError:
         return None
     return any(f"socket:[{inode}]" in targets for inode in inodes)

@@ -218,11 +218,7 @@ class Qmp:
 
     async def version(self) -> str:
         """Return QEMU's version, like ``10.0.2``."""
-        greeting = self._client.greeting
-        found = greeting.QMP.version if greeting else None
-        if not isinstance(found, Mapping) or not isinstance(found.get("qemu"), Mapping):
-            found = await self.execute("query-version")
-        qemu = found["qemu"]
+        qemu = (await self.execute("query-version"))["qemu"]
         return f"{qemu['major']}.{qemu['minor']}.{qemu['micro']}"
 
     async def has_command(self, name: str) -> bool:

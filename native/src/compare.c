@@ -126,8 +126,8 @@ static int compare_data(comparison *with, uint64_t entry_a, uint64_t entry_b,
     return ret;
 }
 
-static int compare_entries(comparison *with, uint64_t entry_a,
-                           uint64_t entry_b, bool *equal, ps_error *err)
+static int compare_entries(comparison *with, uint64_t entry_a, uint64_t entry_b,
+                           bool *equal, ps_error *err)
 {
     uint32_t class_a = ps_entry_class(entry_a);
     uint32_t class_b = ps_entry_class(entry_b);
@@ -162,11 +162,11 @@ static int entries_at(comparison *with, uint32_t block_a, uint32_t block_b,
 
     *span = 1;
     if ((page & (PS_LEAF_PAGES - 1)) == 0) {
-        ret = ps_image_top_entry(with->a, global_a >> PS_LEAF_BITS, entry_a,
-                                 err);
+        ret =
+            ps_image_top_entry(with->a, global_a >> PS_LEAF_BITS, entry_a, err);
         if (!ret) {
-            ret = ps_image_top_entry(with->b, global_b >> PS_LEAF_BITS,
-                                     entry_b, err);
+            ret = ps_image_top_entry(with->b, global_b >> PS_LEAF_BITS, entry_b,
+                                     err);
         }
         if (ret) {
             return ret;
@@ -197,11 +197,9 @@ static int compare_block(comparison *with, uint32_t block_a, uint32_t block_b,
         int ret;
 
         if (job && (page & (PS_LEAF_PAGES - 1)) == 0) {
-            __atomic_store_n(&job->done, page * PS_PAGE_SIZE,
-                             __ATOMIC_RELAXED);
+            __atomic_store_n(&job->done, page * PS_PAGE_SIZE, __ATOMIC_RELAXED);
             if (__atomic_load_n(&job->cancel, __ATOMIC_RELAXED)) {
-                return ps_fail(err, PS_ERR_CANCELLED, PS_NOWHERE,
-                               "cancelled");
+                return ps_fail(err, PS_ERR_CANCELLED, PS_NOWHERE, "cancelled");
             }
         }
         ret = entries_at(with, block_a, block_b, page, &entry_a, &entry_b,
@@ -245,10 +243,10 @@ int ps_image_compare(ps_image *a, uint32_t block_a, ps_image *b,
     comparison with = {
         .a = a,
         .b = b,
-        .same_file = a == b || (a->device == b->device &&
-                                a->inode == b->inode &&
-                                memcmp(a->header.uuid, b->header.uuid,
-                                       sizeof(a->header.uuid)) == 0),
+        .same_file =
+            a == b || (a->device == b->device && a->inode == b->inode &&
+                       memcmp(a->header.uuid, b->header.uuid,
+                              sizeof(a->header.uuid)) == 0),
     };
     void *memory = NULL;
     int ret;

@@ -27,8 +27,8 @@ typedef struct exporter {
 
 static int put_flush(exporter *to, ps_error *err)
 {
-    int ret = ps_write_all(to->fd, to->buffer, to->used, "migration stream",
-                           err);
+    int ret =
+        ps_write_all(to->fd, to->buffer, to->used, "migration stream", err);
 
     to->used = 0;
     return ret;
@@ -129,8 +129,7 @@ static bool take_name(cursor *from, const char *name, bool *same)
     const uint8_t *length = take(from, 1);
     const uint8_t *text = length ? take(from, *length) : NULL;
 
-    *same = text && strlen(name) == *length &&
-            memcmp(text, name, *length) == 0;
+    *same = text && strlen(name) == *length && memcmp(text, name, *length) == 0;
     return text != NULL;
 }
 
@@ -141,16 +140,14 @@ static bool lists_ignore_shared(cursor from)
     uint32_t length, version, count;
     const uint8_t *mark;
 
-    if (!take(&from, 1) || !take_be32(&from, &length) ||
-        !take(&from, length)) {
+    if (!take(&from, 1) || !take_be32(&from, &length) || !take(&from, length)) {
         return false;
     }
     while ((mark = take(&from, 1)) && *mark == QEMU_VM_SUBSECTION) {
         cursor name = from;
         bool page_bits, capabilities, same;
 
-        if (!take_name(&name, "configuration/target-page-bits",
-                       &page_bits) ||
+        if (!take_name(&name, "configuration/target-page-bits", &page_bits) ||
             !take_name(&from, "configuration/capabilities", &capabilities) ||
             !take_be32(&from, &version)) {
             return false;
@@ -333,8 +330,7 @@ static int put_end(exporter *to, ps_error *err)
     put_byte(to, QEMU_VM_EOF);
     if (image->stream.flags & PS_STREAM_DESCRIPTION) {
         put_byte(to, QEMU_VM_VMDESCRIPTION);
-        put_be32(to,
-                 (uint32_t)image->sections[PS_SECTION_DESCRIPTION].length);
+        put_be32(to, (uint32_t)image->sections[PS_SECTION_DESCRIPTION].length);
         ret = put_section(to, PS_SECTION_DESCRIPTION, err);
     }
     return ret ? ret : put_flush(to, err);
@@ -365,8 +361,7 @@ int ps_image_export(ps_image *image, int fd, ps_job *job, ps_error *err)
             uint64_t left = pages - first;
 
             ret = put_part(&to, i, first,
-                           left < PAGES_PER_SECTION ? left
-                                                    : PAGES_PER_SECTION,
+                           left < PAGES_PER_SECTION ? left : PAGES_PER_SECTION,
                            err);
         }
     }

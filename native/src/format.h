@@ -134,8 +134,7 @@ typedef struct ps_format_ram_block {
 _Static_assert(sizeof(ps_format_ram_block) == 320, "RAM block");
 _Static_assert(offsetof(ps_format_ram_block, length) == 256, "RAM block");
 _Static_assert(offsetof(ps_format_ram_block, first_leaf) == 280, "RAM block");
-_Static_assert(offsetof(ps_format_ram_block, pages_absent) == 312,
-               "RAM block");
+_Static_assert(offsetof(ps_format_ram_block, pages_absent) == 312, "RAM block");
 
 enum ps_block_form {
     PS_BLOCK_RAW = 0,  /* as they are */

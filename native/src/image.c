@@ -41,11 +41,11 @@ struct ps_image_cache {
     ps_decoder decoder;
     cache_slot *slots;
     uint32_t slot_count;
-    uint32_t hand;      /* of the clock that evicts */
-    uint32_t filled;    /* slots that have memory */
-    uint32_t *slot_of;  /* by block number, plus 1; reserved, sparse */
+    uint32_t hand;     /* of the clock that evicts */
+    uint32_t filled;   /* slots that have memory */
+    uint32_t *slot_of; /* by block number, plus 1; reserved, sparse */
     size_t slot_of_length;
-    uint8_t *expanded;  /* one page of class zero or fill */
+    uint8_t *expanded; /* one page of class zero or fill */
     uint64_t expanded_entry;
 };
 
@@ -66,15 +66,13 @@ static const struct {
                                 PS_MAX_DESCRIPTION_BYTES},
     [PS_SECTION_RAM_BLOCKS] = {"RAM_BLOCKS", sizeof(ps_format_ram_block), 1,
                                true,
-                               PS_MAX_RAM_BLOCKS *
-                                   sizeof(ps_format_ram_block)},
+                               PS_MAX_RAM_BLOCKS * sizeof(ps_format_ram_block)},
     [PS_SECTION_TOP_MAP] = {"TOP_MAP", 8, 1, true, PS_MAX_LEAVES * 8},
     [PS_SECTION_LEAVES] = {"LEAVES", PS_LEAF_PAGES * 8, 1, true,
                            PS_MAX_LEAVES * PS_LEAF_PAGES * 8},
     [PS_SECTION_FILL_UNITS] = {"FILL_UNITS", 8, 1, true,
                                PS_MAX_CANONICAL_PAGES * 64},
-    [PS_SECTION_BLOCK_INDEX] = {"BLOCK_INDEX", sizeof(ps_format_block), 1,
-                                true,
+    [PS_SECTION_BLOCK_INDEX] = {"BLOCK_INDEX", sizeof(ps_format_block), 1, true,
                                 PS_MAX_CANONICAL_PAGES *
                                     sizeof(ps_format_block)},
     [PS_SECTION_SIGNATURES] = {"SIGNATURES", sizeof(ps_format_signature), 1,
@@ -180,8 +178,8 @@ static int open_trailer(ps_image *image, ps_format_trailer *trailer,
     bool magic, sum;
     int ret;
 
-    ret = ps_pread_all(image->fd, trailer, sizeof(*trailer), at, "trailer",
-                       err);
+    ret =
+        ps_pread_all(image->fd, trailer, sizeof(*trailer), at, "trailer", err);
     if (ret) {
         return ret;
     }
@@ -278,8 +276,8 @@ static int open_table(ps_image *image, const ps_format_trailer *trailer,
 
         if (i > 0 && from->type <= table[i - 1].type) {
             return ps_fail(err, PS_ERR_DAMAGED, at,
-                           "section table: type %u follows type %u",
-                           from->type, table[i - 1].type);
+                           "section table: type %u follows type %u", from->type,
+                           table[i - 1].type);
         }
         if ((from->flags & ~(uint32_t)PS_SECTION_FLAGS_KNOWN) ||
             from->reserved) {
@@ -343,8 +341,7 @@ static int open_table(ps_image *image, const ps_format_trailer *trailer,
     for (uint32_t type = 1; type < PS_SECTION_TYPES; type++) {
         if (section_rules[type].required && image->sections[type].type == 0) {
             return ps_fail(err, PS_ERR_DAMAGED, trailer->table_offset,
-                           "section %s is missing",
-                           section_rules[type].name);
+                           "section %s is missing", section_rules[type].name);
         }
     }
     qsort(parts, part_count, sizeof(parts[0]), part_order);
@@ -372,8 +369,8 @@ static int open_stream(ps_image *image, ps_error *err)
         return ps_fail(err, PS_ERR_DAMAGED, section->offset,
                        "section STREAM: it has not exactly one record");
     }
-    ret = ps_section_bytes(image, PS_SECTION_STREAM, 0, sizeof(*stream),
-                           &bytes, err);
+    ret = ps_section_bytes(image, PS_SECTION_STREAM, 0, sizeof(*stream), &bytes,
+                           err);
     if (ret) {
         return ret;
     }
@@ -430,8 +427,7 @@ static int ram_block_name(ps_image *image, uint32_t index,
 /* a + b + c + d, false where that does not fit. */
 static bool add_counts(const ps_format_ram_block *block, uint64_t *sum)
 {
-    return !__builtin_add_overflow(block->pages_zero, block->pages_fill,
-                                   sum) &&
+    return !__builtin_add_overflow(block->pages_zero, block->pages_fill, sum) &&
            !__builtin_add_overflow(*sum, block->pages_data, sum) &&
            !__builtin_add_overflow(*sum, block->pages_absent, sum);
 }
@@ -439,8 +435,7 @@ static bool add_counts(const ps_format_ram_block *block, uint64_t *sum)
 static int open_ram_blocks(ps_image *image, ps_error *err)
 {
     const ps_section *section = &image->sections[PS_SECTION_RAM_BLOCKS];
-    uint32_t count =
-        (uint32_t)(section->length / sizeof(ps_format_ram_block));
+    uint32_t count = (uint32_t)(section->length / sizeof(ps_format_ram_block));
     uint64_t bytes = 0, leaf = 0;
     const uint8_t *data;
     int ret;
@@ -451,8 +446,7 @@ static int open_ram_blocks(ps_image *image, ps_error *err)
         return ret;
     }
     image->ram = calloc(count ? count : 1, sizeof(image->ram[0]));
-    image->ram_blocks = calloc(count ? count : 1,
-                               sizeof(image->ram_blocks[0]));
+    image->ram_blocks = calloc(count ? count : 1, sizeof(image->ram_blocks[0]));
     if (!image->ram || !image->ram_blocks) {
         return ps_fail(err, PS_ERR_NOMEM, PS_NOWHERE, "out of memory");
     }
@@ -519,22 +513,19 @@ static int open_lengths(ps_image *image, ps_error *err)
         fill += image->ram_blocks[i].pages_fill;
     }
     image->stored_leaves = sections[PS_SECTION_LEAVES].length >> PS_CHUNK_BITS;
-    image->canonical_pages = sections[PS_SECTION_SIGNATURES].length /
-                             sizeof(ps_format_signature);
+    image->canonical_pages =
+        sections[PS_SECTION_SIGNATURES].length / sizeof(ps_format_signature);
     image->locality_blocks =
         sections[PS_SECTION_BLOCK_INDEX].length / sizeof(ps_format_block);
-    blocks = (image->canonical_pages + image->block_mask) >>
-             image->block_shift;
+    blocks = (image->canonical_pages + image->block_mask) >> image->block_shift;
     if (sections[PS_SECTION_TOP_MAP].length / 8 != image->leaves ||
         image->leaves > PS_MAX_LEAVES) {
-        return ps_fail(err, PS_ERR_DAMAGED,
-                       sections[PS_SECTION_TOP_MAP].offset,
+        return ps_fail(err, PS_ERR_DAMAGED, sections[PS_SECTION_TOP_MAP].offset,
                        "section TOP_MAP: it should have %llu entries",
                        (unsigned long long)image->leaves);
     }
     if (image->stored_leaves > image->leaves) {
-        return ps_fail(err, PS_ERR_DAMAGED,
-                       sections[PS_SECTION_LEAVES].offset,
+        return ps_fail(err, PS_ERR_DAMAGED, sections[PS_SECTION_LEAVES].offset,
                        "section LEAVES: it has more leaves than the top map "
                        "has entries");
     }
@@ -552,8 +543,7 @@ static int open_lengths(ps_image *image, ps_error *err)
     }
     if (sections[PS_SECTION_OWNERS].length / sizeof(ps_format_owner) !=
         image->canonical_pages) {
-        return ps_fail(err, PS_ERR_DAMAGED,
-                       sections[PS_SECTION_OWNERS].offset,
+        return ps_fail(err, PS_ERR_DAMAGED, sections[PS_SECTION_OWNERS].offset,
                        "section OWNERS: it should have %llu records",
                        (unsigned long long)image->canonical_pages);
     }
@@ -731,8 +721,7 @@ static const char *entry_fault(const ps_image *image, uint64_t entry, bool top)
             return "the fill unit is too long";
         }
         if (log2 <= PS_FILL_INLINE_LOG2) {
-            return value >> (8u << log2) ? "the fill unit is malformed"
-                                         : NULL;
+            return value >> (8u << log2) ? "the fill unit is malformed" : NULL;
         }
         units = image->sections[PS_SECTION_FILL_UNITS].length;
         if (units < (1u << log2) ||
@@ -801,11 +790,10 @@ static int chunk_accept(const ps_image *image, ps_section *section,
 
     if (XXH3_64bits(bytes, chunk_length(section, chunk)) !=
         section->sums[chunk]) {
-        return ps_fail(err, PS_ERR_DAMAGED,
-                       section->offset + (chunk << PS_CHUNK_BITS),
-                       "section %s, chunk %llu: checksum is wrong",
-                       ps_section_name(section->type),
-                       (unsigned long long)chunk);
+        return ps_fail(
+            err, PS_ERR_DAMAGED, section->offset + (chunk << PS_CHUNK_BITS),
+            "section %s, chunk %llu: checksum is wrong",
+            ps_section_name(section->type), (unsigned long long)chunk);
     }
     ret = chunk_validate(image, section, chunk, err);
     if (ret) {
@@ -939,8 +927,7 @@ int ps_image_top_entry(ps_image *image, uint64_t leaf, uint64_t *out,
                        "the top map has no entry %llu",
                        (unsigned long long)leaf);
     }
-    ret = ps_section_bytes(image, PS_SECTION_TOP_MAP, leaf * 8, 8, &bytes,
-                           err);
+    ret = ps_section_bytes(image, PS_SECTION_TOP_MAP, leaf * 8, 8, &bytes, err);
     if (!ret) {
         memcpy(out, bytes, sizeof(*out));
     }
@@ -1099,8 +1086,8 @@ int ps_image_owner(ps_image *image, uint64_t canonical, uint64_t *global,
 
     if (!ret) {
         ret = ps_section_bytes(image, PS_SECTION_OWNERS,
-                               canonical * sizeof(owner), sizeof(owner),
-                               &bytes, err);
+                               canonical * sizeof(owner), sizeof(owner), &bytes,
+                               err);
     }
     if (ret) {
         return ret;
@@ -1145,9 +1132,9 @@ static const char *block_fault(const ps_image *image, const ps_block_info *info)
     }
     switch (info->form) {
     case PS_BLOCK_RAW:
-        return info->stored != plain                     ? "its length is wrong"
+        return info->stored != plain                    ? "its length is wrong"
                : info->offset % PS_BLOCK_ALIGNMENT != 0 ? "it is not aligned"
-                                                         : NULL;
+                                                        : NULL;
     case PS_BLOCK_ZSTD:
         return info->stored == 0 || info->stored >= plain
                    ? "its length is wrong"
@@ -1171,9 +1158,9 @@ int ps_image_block(ps_image *image, uint64_t number, ps_block_info *out,
                        "there is no locality block %llu",
                        (unsigned long long)number);
     }
-    ret = ps_section_bytes(image, PS_SECTION_BLOCK_INDEX,
-                           number * sizeof(record), sizeof(record), &bytes,
-                           err);
+    ret =
+        ps_section_bytes(image, PS_SECTION_BLOCK_INDEX, number * sizeof(record),
+                         sizeof(record), &bytes, err);
     if (ret) {
         return ret;
     }
@@ -1185,8 +1172,8 @@ int ps_image_block(ps_image *image, uint64_t number, ps_block_info *out,
     out->form = record.form;
     out->first = number << image->block_shift;
     left = image->canonical_pages - out->first;
-    out->pages = left < image->pages_per_block ? (uint32_t)left
-                                               : image->pages_per_block;
+    out->pages =
+        left < image->pages_per_block ? (uint32_t)left : image->pages_per_block;
     fault = block_fault(image, out);
     if (fault) {
         return ps_fail(err, PS_ERR_DAMAGED,
@@ -1233,9 +1220,8 @@ static int block_checksum(const ps_block_info *info, const uint8_t *stored,
 static int block_damaged(const ps_block_info *info, const char *fault,
                          ps_error *err)
 {
-    return ps_fail(err, PS_ERR_DAMAGED, info->offset,
-                   "locality block %llu: %s", (unsigned long long)info->number,
-                   fault);
+    return ps_fail(err, PS_ERR_DAMAGED, info->offset, "locality block %llu: %s",
+                   (unsigned long long)info->number, fault);
 }
 
 int ps_decoder_decode(ps_decoder *decoder, const ps_block_info *info,
@@ -1263,13 +1249,13 @@ int ps_decoder_decode(ps_decoder *decoder, const ps_block_info *info,
         return block_damaged(info, "it is not a zstd frame", err);
     }
     if (ZSTD_getFrameContentSize(stored, info->stored) != plain) {
-        return block_damaged(info, "its frame does not state its size", err);
+        return block_damaged(
+            info, "its frame does not state the size of its pages", err);
     }
     if (ZSTD_findFrameCompressedSize(stored, info->stored) != info->stored) {
         return block_damaged(info, "it is not one whole zstd frame", err);
     }
-    got = ZSTD_decompressDCtx(decoder->zstd, out, plain, stored,
-                              info->stored);
+    got = ZSTD_decompressDCtx(decoder->zstd, out, plain, stored, info->stored);
     if (ZSTD_isError(got)) {
         return block_damaged(info, ZSTD_getErrorName(got), err);
     }
@@ -1472,12 +1458,12 @@ int ps_image_page(ps_image *image, uint64_t entry, const uint8_t **page,
     case PS_CLASS_DATA:
         ret = check_canonical(image, canonical, err);
         if (!ret) {
-            ret = cache_block(image, canonical >> image->block_shift, &slot,
-                              err);
+            ret =
+                cache_block(image, canonical >> image->block_shift, &slot, err);
         }
         if (!ret) {
-            *page = slot->pages +
-                    (canonical & image->block_mask) * PS_PAGE_SIZE;
+            *page =
+                slot->pages + (canonical & image->block_mask) * PS_PAGE_SIZE;
         }
         return ret;
     default:
@@ -1564,8 +1550,8 @@ void ps_image_get_info(const ps_image *image, ps_image_info *out)
     }
 }
 
-int ps_image_ram_block(const ps_image *image, uint32_t index,
-                       ps_ram_block *out, ps_error *err)
+int ps_image_ram_block(const ps_image *image, uint32_t index, ps_ram_block *out,
+                       ps_error *err)
 {
     if (index >= image->ram_count) {
         return ps_fail(err, PS_ERR_ARGUMENT, PS_NOWHERE,
@@ -1640,9 +1626,8 @@ static int entry_span(ps_image *image, uint32_t block, uint64_t page,
     return PS_OK;
 }
 
-int ps_image_runs(ps_image *image, uint32_t block, uint64_t first,
-                  ps_run *runs, size_t capacity, size_t *count,
-                  uint64_t *next, ps_error *err)
+int ps_image_runs(ps_image *image, uint32_t block, uint64_t first, ps_run *runs,
+                  size_t capacity, size_t *count, uint64_t *next, ps_error *err)
 {
     uint64_t page = first;
     int ret = check_pages(image, block, first, 0, err);
@@ -1850,8 +1835,7 @@ static int check_map(checker *check, ps_error *err)
              first += PS_LEAF_PAGES) {
             uint64_t left = pages - first;
 
-            ret = check_leaf(check,
-                             ram->first_leaf + (first >> PS_LEAF_BITS),
+            ret = check_leaf(check, ram->first_leaf + (first >> PS_LEAF_BITS),
                              left < PS_LEAF_PAGES ? left : PS_LEAF_PAGES,
                              counts, err);
         }
@@ -1941,8 +1925,8 @@ static int check_block_pages(checker *check, const ps_block_info *info,
     for (uint32_t slot = 0; slot < info->pages; slot++) {
         ps_format_signature want;
         ps_page_info is;
-        int ret = ps_image_signature(check->image, info->first + slot, &want,
-                                     err);
+        int ret =
+            ps_image_signature(check->image, info->first + slot, &want, err);
 
         if (ret) {
             return check_failed(check, err);
@@ -2063,8 +2047,8 @@ static int check_pair(checker *check, uint64_t a, uint64_t b, ps_error *err)
 
     if (!ret) {
         memcpy(copy, page, sizeof(copy));
-        ret = ps_image_page(check->image,
-                            ps_entry_make(PS_CLASS_DATA, 0, b), &page, err);
+        ret = ps_image_page(check->image, ps_entry_make(PS_CLASS_DATA, 0, b),
+                            &page, err);
     }
     if (ret) {
         return err->code == PS_ERR_NOMEM ? ret : PS_OK; /* said already */
@@ -2159,8 +2143,7 @@ int ps_image_check(ps_image *image, ps_job *job, ps_error *errors,
             ret = check_owners(&check, err);
         }
     }
-    if (!ret && sound[PS_SECTION_BLOCK_INDEX] &&
-        sound[PS_SECTION_SIGNATURES]) {
+    if (!ret && sound[PS_SECTION_BLOCK_INDEX] && sound[PS_SECTION_SIGNATURES]) {
         ret = check_blocks(&check, err);
         if (!ret) {
             ret = check_unique(&check, err);

@@ -58,15 +58,15 @@ struct ps_image {
     dev_t device; /* of the file: two images of one file are equal */
     ino_t inode;
     uint32_t pages_per_block;
-    uint32_t block_shift;       /* log2(pages_per_block) */
-    uint64_t block_mask;        /* pages_per_block - 1 */
-    uint64_t canonical_pages;   /* canonical numbers are below this */
-    uint64_t locality_blocks;   /* block numbers are below this */
-    uint64_t leaves;            /* entries of the top map */
-    uint64_t stored_leaves;     /* leaves that have entries of their own */
+    uint32_t block_shift;     /* log2(pages_per_block) */
+    uint64_t block_mask;      /* pages_per_block - 1 */
+    uint64_t canonical_pages; /* canonical numbers are below this */
+    uint64_t locality_blocks; /* block numbers are below this */
+    uint64_t leaves;          /* entries of the top map */
+    uint64_t stored_leaves;   /* leaves that have entries of their own */
     uint32_t ram_count;
-    ps_image_ram *ram;          /* ram_count of them, ascending */
-    ps_ram_block *ram_blocks;   /* what ps_image_ram_block() hands out */
+    ps_image_ram *ram;        /* ram_count of them, ascending */
+    ps_ram_block *ram_blocks; /* what ps_image_ram_block() hands out */
     ps_section sections[PS_SECTION_TYPES]; /* by type */
     ps_section other[PS_MAX_SECTIONS];     /* of unknown, optional types */
     uint32_t other_count;
@@ -128,9 +128,9 @@ static inline int ps_image_entry(ps_image *image, uint64_t global,
         if (!ps_section_chunk_loaded(leaves, leaf)) { /* a leaf is a chunk */
             return ps_image_entry_slow(image, global, out, err);
         }
-        entry = ((const uint64_t *)(const void *)leaves
-                     ->bytes)[leaf << PS_LEAF_BITS |
-                              (global & (PS_LEAF_PAGES - 1))];
+        entry = ((const uint64_t *)(const void *)
+                     leaves->bytes)[leaf << PS_LEAF_BITS |
+                                    (global & (PS_LEAF_PAGES - 1))];
     }
     *out = entry;
     return PS_OK;

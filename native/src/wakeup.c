@@ -12,10 +12,10 @@
 
 #include "common.h"
 
-#define WARM_UP 20
-#define ROUNDS 201
+#define WARM_UP 10
+#define ROUNDS 61
 /* A CPU that is busy with something else must not hold us up. */
-#define BUDGET_NS UINT64_C(10000000)
+#define BUDGET_NS UINT64_C(5000000)
 /* Idle long enough between two rounds that the other CPU goes to sleep. */
 #define GAP_NS 2000
 

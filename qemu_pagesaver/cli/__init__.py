@@ -22,7 +22,7 @@ import importlib.metadata
 import signal
 import sys
 import traceback
-from typing import TYPE_CHECKING, NoReturn, Protocol, cast
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, cast
 
 from qemu_pagesaver import errors
 from qemu_pagesaver.cli.output import Output, ResultNotTaken
@@ -65,7 +65,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code; never raises."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    terminated = _handle_sigterm()
+    terminated, restore_signals = _handle_sigterm()
     out = Output(json=_has_flag(arguments, "--json"))
     try:
         code = _run(arguments, out)
@@ -81,12 +81,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = out.failure(errors.OutOfMemory("out of memory"))
     except OSError as error:
         code = out.failure(errors.from_os_error(error, "failed"))
-    except Exception as error:  # noqa: BLE001 - a user never sees a traceback
+    except Exception as error:  # a user never sees a traceback
         if out.verbosity > 1:
             traceback.print_exc()
         code = out.failure(_unexpected(error))
     finally:
         out.close()
+        restore_signals()
     if terminated and code == errors.Interrupted.exit_code:
         return _SIGNALLED + signal.SIGTERM
     return code
@@ -135,9 +136,7 @@ def _find_verb(arguments: Sequence[str]) -> tuple[str, _Verb | None]:
 
 
 def _import(name: str) -> _Verb:
-    module = importlib.import_module(
-        f"qemu_pagesaver.cli.{name.replace('-', '_')}"
-    )
+    module = importlib.import_module(f"qemu_pagesaver.cli.{name.replace('-', '_')}")
     return cast("_Verb", module)
 
 
@@ -251,12 +250,13 @@ def _unexpected(error: Exception) -> errors.PagesaverError:
     )
 
 
-def _handle_sigterm() -> list[int]:
+def _handle_sigterm() -> tuple[list[int], Callable[[], None]]:
     """Let SIGTERM and SIGHUP clean up as Ctrl-C does.
 
-    Returns a list that is not empty once one of them came.
+    Returns a list that is not empty once one of them came, and what undoes it.
     """
     came: list[int] = []
+    before: dict[int, Any] = {}
 
     def handler(number: int, _frame: object) -> None:
         came.append(number)
@@ -265,10 +265,14 @@ def _handle_sigterm() -> list[int]:
         # asyncio turns SIGINT, and only that, into a cancellation.
         signal.raise_signal(signal.SIGINT)
 
+    def restore() -> None:
+        for number, old in before.items():
+            signal.signal(number, old)
+
     try:
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is signal.SIG_DFL:
-                signal.signal(number, handler)
+        for each in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(each) is signal.SIG_DFL:
+                before[each] = signal.signal(each, handler)
     except ValueError:
         pass  # not the main thread: the caller has the signals
-    return came
+    return came, restore

@@ -13,7 +13,7 @@ import os
 import select
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from qemu_pagesaver import errors
 
@@ -52,6 +52,11 @@ def _printable_lines(text: str) -> str:
         "\t".join(printable(part) for part in line.split("\t"))
         for line in text.split("\n")
     )
+
+
+def _json(document: Mapping[str, Any], stream: TextIO) -> str:
+    """Return a document, spread over lines where a person will read it."""
+    return jsonlib.dumps(document, indent=2 if stream.isatty() else None)
 
 
 def size(count: int) -> str:
@@ -174,14 +179,12 @@ class Output:
 
     # ------------------------------------------------------------- results
 
-    def result(
-        self, document: Mapping[str, Any], text: str | RenderableType
-    ) -> None:
+    def result(self, document: Mapping[str, Any], text: str | RenderableType) -> None:
         """Print the one result: the document under ``--json``, else the text."""
         self._stop_bars()
         try:
             if self.json:
-                print(jsonlib.dumps(document, indent=2))
+                print(_json(document, sys.stdout))
             elif isinstance(text, str):
                 print(_printable_lines(text))
             else:
@@ -214,7 +217,7 @@ class Output:
             self.event("failed", **document)
         with contextlib.suppress(OSError):
             if self.json:
-                print(jsonlib.dumps(document, indent=2), file=sys.stderr)
+                print(_json(document, sys.stderr), file=sys.stderr)
             else:
                 line = f"qemu-pagesaver: {error.message}".rstrip(".")
                 print(_printable_lines(f"{line}."), file=sys.stderr)

@@ -652,7 +652,7 @@ def broken_inside() -> list[Exhibit]:
     add_entry("entry-fill-zero", 9, entry(FILL, 0, 0))
     add_entry("entry-fill-not-shortest", 10, entry(FILL, 0x0101, 1))
     add_entry("entry-beyond-end", 512 + 8, entry(ZERO))
-    add_entry("entry-counts", 20, entry(ABSENT))
+    add_entry("entry-counts", 20, entry(FILL, 5))
     add_entry("entry-other-canonical", 1, entry(DATA, 2))
     add_entry("top-class-data", 0, entry(DATA, 0), TOP_MAP)
     add_entry("top-leaf-out", 1, entry(LEAF, 3), TOP_MAP)
@@ -766,3 +766,31 @@ def store_fill(d: Draft) -> None:
 def museum() -> list[Exhibit]:
     """Every exhibit."""
     return good() + broken_at_open() + broken_inside()
+
+
+def seeds() -> list[tuple[str, bytes]]:
+    """The corpus of native/fuzz/fuzz_image.c: small files, one for each form."""
+    units: list[bytes | None] = [fill(UNIT64), fill(UNIT64[:16]), fill(b"\7")]
+    return [
+        ("header", small().seal()[:4096]),
+        ("page-zstd", draft([Ram(b"r", [text(1), None, text(1)])]).seal()),
+        ("page-raw", draft([Ram(b"r", [noise(1), noise(2)])], per_block=1).seal()),
+        ("map-uniform", draft([Ram(b"r", [bytes(PAGE)] * 513)]).seal()),
+        ("map-fill", draft([Ram(b"r", units), Ram(b"s", units[:1])]).seal()),
+        (
+            "blocks-many",
+            draft([Ram(b"r", [text(n) for n in range(9)])], per_block=2).seal(),
+        ),
+        (
+            "block-two-frames",
+            next(e for e in broken_inside() if e.name == "block-two-frames").data,
+        ),
+    ]
+
+
+if __name__ == "__main__":
+    import sys
+    from pathlib import Path
+
+    for name, data in seeds():
+        (Path(sys.argv[1]) / f"{name}.psnap").write_bytes(data)

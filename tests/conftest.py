@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Fixtures by stage of life: qemu, vms, then guests that are ready."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.support import qemus
+from tests.support.qemus import Qemu
+from tests.support.redisclient import keys_for
+from tests.support.vm import Vm, private_directory
+
+
+@pytest.fixture(params=qemus.VERSIONS, ids=lambda v: f"qemu-{v}")
+def qemu(request: pytest.FixtureRequest) -> Qemu:
+    """Each QEMU version in turn."""
+    return qemus.get(request.param)
+
+
+@pytest.fixture
+def newest_qemu() -> Qemu:
+    return qemus.get(qemus.NEWEST)
+
+
+@pytest.fixture
+def disk_path() -> Iterator[Path]:
+    """A directory on disk with a short name, gone afterwards."""
+    directory = private_directory()
+    yield directory
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+class Vms:
+    """Guests that end with the test."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+
+    def add(self, vm: Vm) -> Vm:
+        return self._stack.enter_context(vm)
+
+    def start(self, vm: Vm) -> Vm:
+        return self.add(vm).start()
+
+
+@pytest.fixture
+def vms() -> Iterator[Vms]:
+    with ExitStack() as stack:
+        yield Vms(stack)
+
+
+@pytest.fixture
+def pattern_vm(qemu: Qemu, vms: Vms) -> Vm:
+    """The pattern guest, 128 MiB, at its ready line."""
+    return vms.start(Vm(qemu, "pattern"))
+
+
+@pytest.fixture
+def busybox_vm(qemu: Qemu, vms: Vms) -> Vm:
+    """Linux with busybox, 256 MiB, at its shell."""
+    return vms.start(Vm(qemu, "busybox"))
+
+
+class RedisGuests:
+    """Guests with a loaded redis: booted and loaded once, then from a stream."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._streams: dict[tuple[str, str, int, int], Path] = {}
+
+    def stream(
+        self,
+        qemu: Qemu,
+        *,
+        machine: str = "pc",
+        memory: int = 2048,
+        megabytes: int = 600,
+    ) -> Path:
+        """QEMU's own stream of such a guest, saved running."""
+        key = (qemu.version, machine, memory, megabytes)
+        if key not in self._streams:
+            path = self._directory / "-".join(map(str, key))
+            with Vm(qemu, "redis", machine=machine, memory=memory) as vm:
+                vm.start()
+                with vm.redis() as redis:
+                    redis.load(keys_for(megabytes))
+                vm.save_stream(path)
+            self._streams[key] = path
+        return self._streams[key]
+
+    def start(self, vm: Vm, megabytes: int = 600) -> Vm:
+        """Bring VM (made with incoming=True) to life with a loaded redis."""
+        stream = self.stream(
+            vm.qemu, machine=vm.machine, memory=vm.memory, megabytes=megabytes
+        )
+        vm.start().load_stream(stream)
+        return vm
+
+
+@pytest.fixture(scope="session")
+def redis_guests() -> Iterator[RedisGuests]:
+    directory = private_directory()
+    yield RedisGuests(directory)
+    shutil.rmtree(directory, ignore_errors=True)
