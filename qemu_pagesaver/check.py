@@ -6,13 +6,12 @@ from __future__ import annotations
 import asyncio
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qemu_pagesaver import errors
 from qemu_pagesaver.native import Job, Problem
 from qemu_pagesaver.report import Report, Silent
-from qemu_pagesaver.snapshot import Snapshot, open_regular
+from qemu_pagesaver.snapshot import Snapshot
 from qemu_pagesaver.work import in_thread
 
 if TYPE_CHECKING:
@@ -47,20 +46,13 @@ async def check_async(
         HostError: It cannot be read.
     """
     report = report or Silent()
-    fd = open_regular(path)
     try:
-        try:
-            snapshot = Snapshot(fd, path=Path(path))
-        except (errors.Damaged, errors.Truncated) as error:
-            problem = Problem(message=error.message, offset=None)
-            return Checked(ok=False, count=1, problems=(problem,))
-        # The snapshot closes the descriptor from here on.
-        fd = -1
-        with snapshot:
-            return await _check(snapshot, report)
-    finally:
-        if fd >= 0:
-            os.close(fd)
+        snapshot = Snapshot.open(path)
+    except (errors.Damaged, errors.Truncated) as error:
+        problem = Problem(message=error.message, offset=None)
+        return Checked(ok=False, count=1, problems=(problem,))
+    with snapshot:
+        return await _check(snapshot, report)
 
 
 async def _check(snapshot: Snapshot, report: Report) -> Checked:

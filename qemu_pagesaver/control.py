@@ -33,7 +33,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from qemu_pagesaver import errors
 from qemu_pagesaver.report import Report
@@ -122,12 +122,12 @@ class Record:
         snapshot, uuid: The file it was restored from; uuid in hexadecimal.
         pager: Process id of the pager.
         since: When the guest was restored, seconds since the epoch.
-        qmp: Socket on which the pager reaches QEMU; a private one, or the
-            one that the user gave to ``--attach``.
-        lifeline: Path of the two FIFOs (``guest.Lifeline``), or "".
+        qmp: The user's QMP socket of the guest.
+        control: QMP socket on which the pager reaches QEMU: a private one, or
+            the one that the user gave to ``--attach``.
         preempt: Whether QEMU expects the second channel.
+        page_sizes: Of each RAM block's memory, in the snapshot's order.
         capabilities: Migration capabilities to be put back at the end.
-        spawned: We started this QEMU.
         directory: ``guest-TOKEN`` of a QEMU that we started, or "".
     """
 
@@ -139,10 +139,10 @@ class Record:
     pager: int
     since: float
     qmp: str
-    lifeline: str
+    control: str
     preempt: bool
+    page_sizes: list[int]
     capabilities: dict[str, bool]
-    spawned: bool
     directory: str
 
     @property
@@ -251,9 +251,12 @@ def _remove_orphans() -> None:
     for path in runtime_directory().iterdir():
         if path.name.startswith(_GUEST_PREFIX):
             _remove_orphaned_directory(path)
-        elif path.suffix in (".lock", ".sock") and not _is_alive(path.stem):
-            if not _is_locked(path.stem):
-                path.unlink(missing_ok=True)
+        elif (
+            path.suffix in (".lock", ".sock")
+            and not _is_alive(path.stem)
+            and not _is_locked(path.stem)
+        ):
+            path.unlink(missing_ok=True)
 
 
 def _is_alive(key: str) -> bool:
@@ -416,12 +419,13 @@ class ControlServer:
         self._status = status
         self._finish = finish
         self._set_background = set_background
-        self._end: asyncio.Future[dict[str, Any]] | None = None
+        self._end: asyncio.Future[dict[str, Any]] = (
+            asyncio.get_running_loop().create_future()
+        )
         self._talks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
 
     async def __aenter__(self) -> Self:
-        self._end = asyncio.get_running_loop().create_future()
         self._path.unlink(missing_ok=True)
         check_socket_path(self._path)
         try:
@@ -434,33 +438,29 @@ class ControlServer:
 
     async def __aexit__(self, *_: object) -> None:
         self.end(errors.NoPager("the pager ended before all was loaded").document())
-        assert self._server is not None
-        self._server.close()
+        if self._server is not None:
+            self._server.close()
         if self._talks:
-            _, late = await asyncio.wait(self._talks, timeout=1.0)
-            for task in late:
+            await asyncio.wait(self._talks, timeout=1.0)
+            for task in self._talks:
                 task.cancel()
         self._path.unlink(missing_ok=True)
 
     def end(self, document: dict[str, Any]) -> None:
         """Answer whoever waits for the end: a result, or an error's document."""
-        if self._end is not None and not self._end.done():
+        if not self._end.done():
             self._end.set_result(document)
 
     async def _talk(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        task = asyncio.current_task()
-        assert task is not None
+        task = cast("asyncio.Task[None]", asyncio.current_task())
         self._talks.add(task)
         # A client that goes away, or talks nonsense, is no concern of ours.
         with contextlib.suppress(OSError, ValueError, asyncio.CancelledError):
             try:
-                request = json.loads(await reader.readline())
-                if not isinstance(request, dict):
-                    raise TypeError("a request is an object")
-                await self._answer(request, writer)
-            except (ValueError, TypeError) as error:
+                await self._answer(json.loads(await reader.readline()), writer)
+            except (ValueError, AttributeError) as error:
                 await _send(
                     writer, {"error": {"error": "usage", "message": str(error)}}
                 )
@@ -488,7 +488,6 @@ class ControlServer:
 
     async def _follow(self, writer: asyncio.StreamWriter) -> None:
         """Send progress until everything is loaded, then the end."""
-        assert self._end is not None
         while not self._end.done():
             await _send(writer, {"progress": self._status()})
             await asyncio.wait({self._end}, timeout=_PROGRESS_INTERVAL)
@@ -557,6 +556,7 @@ async def status_async(guest: str | None = None) -> list[dict[str, Any]]:
             "pid": record.pid,
             "snapshot": record.snapshot,
             "uuid": record.uuid,
+            "qmp": record.qmp,
             "pager-pid": record.pager if item.served else None,
             "state": "lost",
             "since": record.since,
@@ -634,6 +634,11 @@ async def set_background_async(guest: str | None, rate: int) -> dict[str, Any]:
         {"command": "set-background", "rate": rate},
         progress=lambda _: None,
     )
+
+
+def set_background(guest: str | None, rate: int) -> dict[str, Any]:
+    """Synchronous :func:`set_background_async`."""
+    return asyncio.run(set_background_async(guest, rate))
 
 
 def check_socket_path(path: str | os.PathLike[str]) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from qemu_pagesaver import __version__, errors, files
 from qemu_pagesaver import devices as device_state
-from qemu_pagesaver.native import Job, Saver, SaverStats, Section
+from qemu_pagesaver.native import PAGE_SIZE, Job, Saver, SaverStats, Section
 from qemu_pagesaver.report import Report, Silent
 from qemu_pagesaver.snapshot import (
     DEFAULT_COMPRESSION,
@@ -33,7 +33,7 @@ from qemu_pagesaver.snapshot import (
 from qemu_pagesaver.work import in_thread
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator
 
 Format: TypeAlias = Literal["psnap", "stream"]
 StrPath: TypeAlias = "str | os.PathLike[str]"
@@ -122,47 +122,39 @@ async def convert_async(
     began = time.monotonic()
     level = zstd_level(compression)
     with files.AtomicFile(target) as new:
-      async with _opened_source(source) as (fd, start):
-        format_of_source = _format(start, os.fspath(source))
-        wanted = to or ("stream" if format_of_source == "psnap" else "psnap")
-        if wanted == "stream" and format_of_source == "stream":
-            raise errors.UsageError(
-                f"{os.fspath(source)} is a stream already", hint="Copy it."
-            )
-        if format_of_source == "stream":
+        async with _opened_source(source) as (fd, start):
+            is_stream = _format(start, os.fspath(source)) == "stream"
+            wanted = to or ("psnap" if is_stream else "stream")
+            if is_stream and wanted == "stream":
+                raise errors.UsageError(
+                    f"{os.fspath(source)} is a stream already", hint="Copy it."
+                )
             place = files.spool_directory(spool_dir, beside=target, need=0)
-            stats, meta = await _import(
-                fd,
-                new.fd,
-                start=b"" if _is_seekable(fd) else start,
-                name=os.fspath(source),
-                out_name=os.fspath(target),
+            writer = _Writer(
+                fd=new.fd,
+                name=os.fspath(target),
                 place=place,
                 level=level,
                 compression=compression,
                 report=report,
             )
-            pages = _pages(stats)
-            machine, run_state = meta.machine, meta.run_state
-        else:
-            with Snapshot.open(source) as snapshot:
-                machine = snapshot.machine
-                run_state = snapshot.meta.run_state or _recorded(snapshot)
-                pages = _pages_of(snapshot)
-                if wanted == "stream":
-                    await _export(snapshot, new, report)
-                else:
-                    place = files.spool_directory(spool_dir, beside=target, need=0)
-                    await _rewrite(
-                        snapshot,
-                        new,
-                        place=place,
-                        level=level,
-                        compression=compression,
-                        report=report,
-                    )
+            if is_stream:
+                first = b"" if _is_seekable(fd) else start
+                pages, meta = await writer.write(fd, os.fspath(source), first)
+                machine, run_state = meta.machine, meta.run_state
+            else:
+                with Snapshot.of_descriptor(fd, path=source) as snapshot:
+                    machine = snapshot.machine
+                    run_state = snapshot.meta.run_state or _recorded(snapshot)
+                    pages = _pages_of(snapshot)
+                    if wanted == "stream":
+                        await _export(snapshot, new, report)
+                    else:
+                        await _rewrite(snapshot, writer)
         size = os.fstat(new.fd).st_size
-        await asyncio.to_thread(new.commit)
+        # Only then the name, at once: an interruption leaves nothing.
+        await in_thread(new.sync, cancel=lambda: None)
+        new.commit()
     return Converted(
         source=os.fspath(source),
         target=os.fspath(target),
@@ -189,23 +181,22 @@ async def opened(
     """
     async with _opened_source(path) as (fd, start):
         if _format(start, os.fspath(path)) == "psnap":
-            with Snapshot.open(path) as snapshot:
+            with Snapshot.of_descriptor(fd, path=path) as snapshot:
                 yield snapshot
             return
         place = Path(spool_dir) if spool_dir is not None else default_spool()
         with files.spool_file(place) as image_fd:
-            await _import(
-                fd,
-                image_fd,
-                start=b"" if _is_seekable(fd) else start,
-                name=os.fspath(path),
-                out_name=f"temporary file in {place}",
+            writer = _Writer(
+                fd=image_fd,
+                name=f"temporary file in {place}",
                 place=place,
                 level=zstd_level("none"),
                 compression="none",
                 report=report or Silent(),
             )
-            with Snapshot(os.dup(image_fd), path=Path(path)) as snapshot:
+            first = b"" if _is_seekable(fd) else start
+            await writer.write(fd, os.fspath(path), first)
+            with Snapshot.of_descriptor(image_fd, path=path) as snapshot:
                 yield snapshot
 
 
@@ -223,10 +214,8 @@ def default_spool() -> Path:
 @contextlib.asynccontextmanager
 async def _opened_source(path: StrPath) -> AsyncIterator[tuple[int, bytes]]:
     """Yield descriptor and first bytes of a file or of standard input."""
-    if os.fspath(path) == "-":
-        fd = os.dup(sys.stdin.fileno())
-    else:
-        fd = open_regular(path)
+    piped = os.fspath(path) == "-"
+    fd = os.dup(sys.stdin.fileno()) if piped else open_regular(path)
     try:
         try:
             start = head(fd) if _is_seekable(fd) else await _read_start(fd)
@@ -296,59 +285,64 @@ def _format(start: bytes, name: str) -> Format:
 # ---------------------------------------------------------------- directions
 
 
-async def _import(
-    fd: int,
-    out_fd: int,
-    *,
-    start: bytes,
-    name: str,
-    out_name: str,
-    place: Path,
-    level: int,
-    compression: str,
-    report: Report,
-    meta: Meta | None = None,
-) -> tuple[SaverStats, Meta]:
-    """Write the stream in ``fd`` as a snapshot into ``out_fd``."""
-    total = os.fstat(fd).st_size if _is_seekable(fd) else 0
-    if files.is_memory(place):
-        report.detail(f"spooling into {place}, which is kept in memory")
-    with files.spool_file(place) as spool, files.spool_file(place) as units:
-        saver = Saver(
-            spool_fd=spool,
-            units_fd=units,
-            pages_per_block=_PAGES_PER_BLOCK,
-            zstd_level=level,
-            threads=min(_MAX_THREADS, len(os.sched_getaffinity(0))),
-            name=name,
-        )
+@dataclass(frozen=True, kw_only=True)
+class _Writer:
+    """Writes a stream as a snapshot into ``fd``; ``place`` is for the spool."""
 
-        def reading() -> None:
-            report.progress("reading", saver.stats().bytes_in, total)
+    fd: int
+    name: str
+    place: Path
+    level: int
+    compression: str
+    report: Report
 
-        def writing() -> None:
-            stats = saver.stats()
-            block = _PAGES_PER_BLOCK * 4096
-            report.progress(
-                "writing", stats.blocks_written * block, stats.blocks_total * block
+    async def write(
+        self, source: int, name: str, first: bytes, *, meta: Meta | None = None
+    ) -> tuple[Pages, Meta]:
+        """Write what ``source`` gives after ``first``; without META, make it."""
+        total = os.fstat(source).st_size if _is_seekable(source) else 0
+        if files.is_memory(self.place):
+            self.report.detail(f"spooling into {self.place}, which is in memory")
+        with (
+            files.spool_file(self.place) as spool,
+            files.spool_file(self.place) as units,
+        ):
+            saver = Saver(
+                spool_fd=spool,
+                units_fd=units,
+                pages_per_block=_PAGES_PER_BLOCK,
+                zstd_level=self.level,
+                threads=min(_MAX_THREADS, len(os.sched_getaffinity(0))),
+                name=name,
             )
+            if first:
+                saver.feed(first)
+            await in_thread(
+                lambda: saver.drain(source),
+                cancel=saver.cancel,
+                watch=lambda: self.report.progress(
+                    "reading", saver.stats().bytes_in, total
+                ),
+            )
+            saver.end()
+            if meta is None:
+                meta = _imported_meta(saver, name, self.report)
+            meta = replace(meta, compression=self.compression)
+            saver.set_section(Section.META, meta.to_bytes())
+            await in_thread(
+                lambda: saver.write(
+                    self.fd, uuid=uuid.uuid4().bytes, parent=bytes(16), name=self.name
+                ),
+                cancel=saver.cancel,
+                watch=lambda: self._writing(saver.stats()),
+            )
+            return _pages(saver.stats()), meta
 
-        if start:
-            saver.feed(start)
-        await in_thread(lambda: saver.drain(fd), cancel=saver.cancel, watch=reading)
-        saver.end()
-        if meta is None:
-            meta = _imported_meta(saver, name, report)
-        meta = replace(meta, compression=compression)
-        saver.set_section(Section.META, meta.to_bytes())
-        await in_thread(
-            lambda: saver.write(
-                out_fd, uuid=uuid.uuid4().bytes, parent=bytes(16), name=out_name
-            ),
-            cancel=saver.cancel,
-            watch=writing,
+    def _writing(self, stats: SaverStats) -> None:
+        block = _PAGES_PER_BLOCK * PAGE_SIZE
+        self.report.progress(
+            "writing", stats.blocks_written * block, stats.blocks_total * block
         )
-        return saver.stats(), meta
 
 
 def _imported_meta(saver: Saver, name: str, report: Report) -> Meta:
@@ -434,15 +428,7 @@ async def _export_to(
     )
 
 
-async def _rewrite(
-    snapshot: Snapshot,
-    new: files.AtomicFile,
-    *,
-    place: Path,
-    level: int,
-    compression: str,
-    report: Report,
-) -> None:
+async def _rewrite(snapshot: Snapshot, into: _Writer) -> None:
     """Write a snapshot as another one, with a uuid of its own."""
     reader, writer = os.pipe()
 
@@ -454,18 +440,7 @@ async def _rewrite(
 
     exporting = asyncio.create_task(export())
     try:
-        await _import(
-            reader,
-            new.fd,
-            start=b"",
-            name=str(snapshot.path),
-            out_name=str(new.path),
-            place=place,
-            level=level,
-            compression=compression,
-            report=report,
-            meta=snapshot.meta,
-        )
+        await into.write(reader, str(snapshot.path), b"", meta=snapshot.meta)
     except errors.SnapshotError:
         # A stream that ends too early: why, the other side knows.
         if exporting.done():

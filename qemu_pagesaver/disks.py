@@ -40,6 +40,8 @@ OVERLAY_FORMAT = "qcow2"
 _PLAIN_FORMATS = frozenset(
     ("raw", "qcow2", "qcow", "qed", "vmdk", "vdi", "vpc", "vhdx", "parallels")
 )
+# A device may use a file's node without a format.
+_FORMAT_OF_PROTOCOL = dict.fromkeys(("file", "host_device", "host_cdrom"), "raw")
 # As QEMU's path_has_protocol(): a colon before any slash.
 _PROTOCOL = re.compile(r"[^/:]*:")
 _MAX_LAYERS = 256
@@ -536,7 +538,7 @@ def _disk(entry: Mapping[str, Any], directory: str | None) -> Disk:
         layers.append(
             Layer(
                 filename=_absolute(_file_of(node["filename"]), directory),
-                format=node["format"],
+                format=_FORMAT_OF_PROTOCOL.get(node["format"], node["format"]),
             )
         )
         node = node.get("backing-image")

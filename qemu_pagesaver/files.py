@@ -87,6 +87,13 @@ class AtomicFile:
         )
         self._temporary = name
 
+    def sync(self) -> None:
+        """Bring it to the disk: the slow part of :meth:`commit`, for a thread."""
+        try:
+            os.fsync(self.fd)
+        except OSError as error:
+            raise errors.from_os_error(error, f"write {self.path}") from error
+
     def commit(self) -> None:
         """Bring it to the disk, give it its name and close it."""
         try:

@@ -149,9 +149,14 @@ class Lifeline:
         self.path = path
 
     @classmethod
-    def make(cls, path: Path) -> Lifeline:
+    def in_directory(cls, directory: Path) -> Lifeline:
+        """Return that of the guest whose directory this is."""
+        return cls(directory / "lifeline")
+
+    @classmethod
+    def make(cls, directory: Path) -> Lifeline:
         """Make the FIFOs."""
-        made = cls(path)
+        made = cls.in_directory(directory)
         try:
             for name in made.files:
                 os.mkfifo(name, 0o600)
@@ -367,6 +372,13 @@ class Guest:
         """Exit status (negative: signal) of a QEMU of ours that has ended."""
         return None if self._process is None else self._process.poll()
 
+    def follow(self, pid: int) -> None:
+        """Take another process for QEMU: a manager had opened the QMP socket."""
+        if pid not in (0, self.pid):
+            watch = ProcessWatch(pid)
+            self.watch.close()
+            self.watch, self.pid = watch, pid
+
     async def disconnect(self) -> None:
         """Close the QMP connection, so that others can use it."""
         if self._qmp is not None:
@@ -402,7 +414,7 @@ class Guest:
 
 
 def _control_files(directory: Path) -> list[str]:
-    return [str(directory / "control"), *Lifeline(directory / "lifeline").files]
+    return [str(directory / "control"), *Lifeline.in_directory(directory).files]
 
 
 # QEMUs that go on without us: kept, so that they are reaped once they end.
@@ -450,7 +462,7 @@ async def start(
     socket_path = directory / "control"
     try:
         check_socket_path(socket_path)
-        lifeline = Lifeline.make(directory / "lifeline")
+        lifeline = Lifeline.make(directory)
         argument = str(socket_path).replace(",", ",,")
         full = [
             *argv,

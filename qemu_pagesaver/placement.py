@@ -74,6 +74,9 @@ class Placement:
 
     Args:
         pid: QEMU.
+
+    Attributes:
+        cpu: Where they were put; None: they were not.
     """
 
     pid: int
@@ -108,4 +111,3 @@ class Placement:
         for tid, cpus in found.items():
             with contextlib.suppress(OSError):
                 os.sched_setaffinity(tid, cpus)
-        self.cpu = None

@@ -133,9 +133,18 @@ class Snapshot:
         """Open a snapshot file; the same as :func:`open_snapshot`."""
         fd = open_regular(path)
         try:
-            return cls(fd, path=Path(path))
-        except BaseException:
+            return cls.of_descriptor(fd, path=path)
+        finally:
             os.close(fd)
+
+    @classmethod
+    def of_descriptor(cls, fd: int, *, path: str | os.PathLike[str]) -> Self:
+        """Open the snapshot behind a descriptor, which stays the caller's."""
+        own = os.dup(fd)
+        try:
+            return cls(own, path=Path(path))
+        except BaseException:
+            os.close(own)
             raise
 
     @cached_property

@@ -1428,6 +1428,7 @@ static void send_end(ps_pager *pager)
     atomic_store(&pager->stats.left, 0);
     set_state(pager, PS_PAGER_CLOSING);
     pager->closing_at = pager->now;
+    pager->again = true; /* for finish_preempt() */
 }
 
 /*

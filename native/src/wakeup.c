@@ -14,6 +14,7 @@
 
 #define WARM_UP 10
 #define ROUNDS 61
+#define ENOUGH 15
 /* A CPU that is busy with something else must not hold us up. */
 #define BUDGET_NS UINT64_C(5000000)
 /* Idle long enough between two rounds that the other CPU goes to sleep. */
@@ -116,7 +117,7 @@ static void *measure(void *opaque)
         if (i >= WARM_UP) {
             times[count++] = (end - start) / 2;
         }
-        if (end - begin > BUDGET_NS) {
+        if (count >= ENOUGH && end - begin > BUDGET_NS) {
             break;
         }
     }

@@ -73,6 +73,8 @@ struct test {
     bool failed; /* the stream made no sense: read no more */
 };
 
+static const char *running; /* the test, for messages */
+
 static uint64_t now_ns(void)
 {
     struct timespec ts;
@@ -98,7 +100,7 @@ static tiny_page usual_page(uint32_t block, uint64_t page)
     uint64_t leaf = page / 512;
 
     if (block == ROM) {
-        return page < 40 ? (tiny_page){PS_CLASS_DATA, (uint32_t)(3000 + page)}
+        return page < 40 ? (tiny_page){PS_CLASS_DATA, (uint32_t)(4200 + page)}
                          : (tiny_page){PS_CLASS_ZERO, 0};
     }
     if (leaf == 2) {
@@ -294,7 +296,7 @@ static void get(struct test *t, struct channel *c, void *out, size_t length)
             continue;
         }
         if (!wait_readable(c->fd, PATIENCE_MS)) {
-            CHECK_MSG(false, "nothing came for %d ms", PATIENCE_MS);
+            CHECK_MSG(false, "%s: nothing came for %d ms", running, PATIENCE_MS);
             t->failed = true;
             break;
         }
@@ -1495,47 +1497,49 @@ static void show_latency(bool zstd)
     end_well(&t);
 }
 
+#define RUN(test) (running = #test, test)
+
 int main(void)
 {
     for (int zstd = 0; zstd < 2; zstd++) {
-        test_on_demand(zstd, true, 16);
-        test_on_demand(zstd, false, 1);
-        test_on_demand(zstd, true, 512);
-        test_background(zstd, 16, false);
-        test_background(zstd, 1, false);
-        test_background(zstd, 512, true);
-        test_prefetch(zstd);
-        test_damaged(zstd);
-        test_huge(zstd, false, UINT64_MAX);
-        test_huge(zstd, true, 1 << 20);
+        RUN(test_on_demand(zstd, true, 16));
+        RUN(test_on_demand(zstd, false, 1));
+        RUN(test_on_demand(zstd, true, 512));
+        RUN(test_background(zstd, 16, false));
+        RUN(test_background(zstd, 1, false));
+        RUN(test_background(zstd, 512, true));
+        RUN(test_prefetch(zstd));
+        RUN(test_damaged(zstd));
+        RUN(test_huge(zstd, false, UINT64_MAX));
+        RUN(test_huge(zstd, true, 1 << 20));
     }
-    test_finish_before_run();
-    test_faults_in_background();
-    test_order();
-    test_split_messages();
-    test_long_request();
-    test_preempt(false);
-    test_preempt(true);
-    test_preempt_overtakes();
-    test_hostile();
-    test_absent();
-    test_closed();
-    test_cancel();
-    test_rate();
-    test_quiet();
-    test_in_flight(false);
-    test_in_flight(true);
-    test_received();
-    test_first(true, false);
-    test_first(false, false);
-    test_first(true, true);
-    test_all_requested();
-    test_nothing_to_do();
-    test_flood();
-    test_arguments();
-    test_histogram();
-    test_wakeups();
-    show_latency(false);
-    show_latency(true);
+    RUN(test_finish_before_run());
+    RUN(test_faults_in_background());
+    RUN(test_order());
+    RUN(test_split_messages());
+    RUN(test_long_request());
+    RUN(test_preempt(false));
+    RUN(test_preempt(true));
+    RUN(test_preempt_overtakes());
+    RUN(test_hostile());
+    RUN(test_absent());
+    RUN(test_closed());
+    RUN(test_cancel());
+    RUN(test_rate());
+    RUN(test_quiet());
+    RUN(test_in_flight(false));
+    RUN(test_in_flight(true));
+    RUN(test_received());
+    RUN(test_first(true, false));
+    RUN(test_first(false, false));
+    RUN(test_first(true, true));
+    RUN(test_all_requested());
+    RUN(test_nothing_to_do());
+    RUN(test_flood());
+    RUN(test_arguments());
+    RUN(test_histogram());
+    RUN(test_wakeups());
+    RUN(show_latency(false));
+    RUN(show_latency(true));
     return check_done();
 }

@@ -292,6 +292,7 @@ class SlowImage:
         self._file = file
         self._name = name
         self._cache: dict[int, bytes] = {}
+        self._last_leaf: tuple[int, list[Entry]] = (-1, [])
         file.seek(0, 2)
         self.length = file.tell()
         self.header = self._open_header()
@@ -694,8 +695,11 @@ class SlowImage:
 
     def leaf(self, number: int) -> list[Entry]:
         """The 512 entries of a leaf."""
-        raw = self.section(LEAVES)[number * 4096 : (number + 1) * 4096]
-        return self._parse_entries(raw, top=False, where=f"leaf {number}")
+        if self._last_leaf[0] != number:
+            raw = self.section(LEAVES)[number * 4096 : (number + 1) * 4096]
+            entries = self._parse_entries(raw, top=False, where=f"leaf {number}")
+            self._last_leaf = (number, entries)
+        return self._last_leaf[1]
 
     def entry(self, block: int, page: int) -> Entry:
         """The entry of a page, be it in the top map or in a leaf."""

@@ -9,14 +9,21 @@ import time
 from types import TracebackType
 from typing import Self
 
-VALUE_SIZE = 1024
-_BATCH = 256
-_HEADER = 128
-_RAW = 88
+VALUE_SIZE = 4000  # with redis' header just in a 4 KiB size class
+_BATCH = 64
+_HEADER = 600
+_RAW = 440
 _WORDS = (VALUE_SIZE - _HEADER) // 8
 _TEXT = VALUE_SIZE - _HEADER - _RAW
 _NAMES = ("ada", "barbara", "dennis", "edsger", "grace", "ken", "margaret", "niklaus")
 _CITIES = ("Basel", "Delft", "Espoo", "Lyon", "Porto", "Tartu", "Uppsala", "Zagreb")
+
+_TERMS = (
+    "Goods remain the property of the seller until paid for in full. Claims are to "
+    "be made in writing within fourteen days of delivery. The place of performance "
+    "is the seat of the seller; the law of that place applies, whatever the buyer's "
+    "own terms may say. Should one of these provisions be void, the others stand."
+)
 
 Reply = bytes | int | None | list["Reply"]
 
@@ -51,7 +58,8 @@ def value(index: int, seed: int = 1) -> bytes:
     number = (number ^ number >> 15) * 0x2C1B3C6D & 0xFFFFFFFF
     header = (
         f'{{"id": {index}, "seed": {seed}, "name": "{_NAMES[number & 7]}", '
-        f'"city": "{_CITIES[number >> 3 & 7]}", "balance": {number >> 6}, "text": "'
+        f'"city": "{_CITIES[number >> 3 & 7]}", "balance": {number >> 6}, '
+        f'"terms": "{_TERMS}", "text": "'
     )
     noise = _LANES * (number | 0x80000001)
     low = noise & (1 << 8 * _RAW) - 1

@@ -197,7 +197,7 @@ def test_debug_threads() -> None:
     assert started("-name", "g", debug_threads=True) == ["-name", "g,debug-threads=on"]
     given = ["-name", "guest=g,debug-threads=off"]
     assert started(*given, debug_threads=True) == given
-    assert started("-name", "g,process=p", name="h") == ["-name", "guest=h,process=p"]
+    assert started("-name", "g,process=p", name="h") == ["-name", "h,process=p"]
 
 
 REFUSED = [
