@@ -34,6 +34,7 @@ from qemu_pagesaver.native import (
 if TYPE_CHECKING:
     from qemu_pagesaver.guest import Guest, HostBlock
     from qemu_pagesaver.native import RamBlock
+    from qemu_pagesaver.qmp import Events
     from qemu_pagesaver.report import Report
     from qemu_pagesaver.snapshot import Snapshot
 
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 ANSWER_TIMEOUT = 30.0
 _RECEIVE_BYTES = 1 << 16
 _TICK = 0.1
+_PLACED_TICK = 0.02
+_STATUS_POLL = 0.005
 _STALL_TIMEOUT = 60.0
 _SETTLE_TIMEOUT = 2.0
 _RECONNECT_TIMEOUT = 1.0
@@ -337,15 +340,20 @@ async def connect(guest: Guest, path: Path, *, preempt: bool) -> AsyncIterator[L
 # ------------------------------------------------------------- capabilities
 
 
-async def set_capabilities(guest: Guest, *, preempt: bool) -> dict[str, bool]:
+async def set_capabilities(
+    guest: Guest, found: dict[str, bool], *, preempt: bool
+) -> dict[str, bool]:
     """Set what on-demand delivery needs; returns what has to be put back.
+
+    Args:
+        guest: QEMU.
+        found: Its capabilities as they are.
+        preempt: Whether the second connection is used.
 
     Raises:
         UserfaultfdForbidden: QEMU may not use userfaultfd.
         QemuRefused: It refuses for another reason.
     """
-    answer = await guest.qmp.execute("query-migrate-capabilities")
-    found = {item["capability"]: bool(item["state"]) for item in answer}
     wanted = {"events": True, "postcopy-ram": True, "postcopy-preempt": preempt}
     wanted |= dict.fromkeys(_MUST_BE_OFF, False)
     if preempt and "postcopy-preempt" not in found:
@@ -498,7 +506,7 @@ class Job:
         started: When the call began (monotonic seconds).
         answered: When QMP answered, likewise; None: a recovery.
         paused: The guest is to stand still.
-        place: Sharing a CPU was measured to pay.
+        place: Whether sharing a CPU is measured to pay; None: not wanted.
         sockets: What listens elsewhere now.
     """
 
@@ -512,7 +520,7 @@ class Job:
     started: float
     answered: float | None
     paused: bool
-    place: bool
+    place: asyncio.Future[bool] | None
     sockets: dict[str, str] = field(default_factory=dict)
     running: float | None = None
     interrupts: int = 0
@@ -525,8 +533,22 @@ async def serve(job: Job) -> RestoreResult:
         PagesaverError: Why the pager ended too early. The guest waits then,
             and its record stays for `recover`.
     """
-    task = asyncio.ensure_future(asyncio.to_thread(job.pager.run))
     placed = placement.Placement(job.record.pid)
+    async with contextlib.AsyncExitStack() as stack:
+        resumed: Events | None = None
+        if job.answered is not None:
+            # Before the pager runs: QEMU may be faster than we are.
+            resumed = await stack.enter_async_context(job.guest.qmp.listen("RESUME"))
+        task = asyncio.ensure_future(asyncio.to_thread(job.pager.run))
+        return await _serve_with(job, task, placed, resumed)
+
+
+async def _serve_with(
+    job: Job,
+    task: asyncio.Future[None],
+    placed: placement.Placement,
+    resumed: Events | None,
+) -> RestoreResult:
     try:
         async with control.ControlServer(
             job.record.key,
@@ -535,7 +557,7 @@ async def serve(job: Job) -> RestoreResult:
             set_background=job.pager.set_background,
         ) as server:
             try:
-                result = await _serve(job, task, placed)
+                result = await _serve(job, task, placed, resumed)
             except errors.PagesaverError as error:
                 server.end(error.document())
                 raise
@@ -557,12 +579,15 @@ async def _wait_quietly(task: asyncio.Future[None]) -> None:
 
 
 async def _serve(
-    job: Job, task: asyncio.Future[None], placed: placement.Placement
+    job: Job,
+    task: asyncio.Future[None],
+    placed: placement.Placement,
+    resumed: Events | None,
 ) -> RestoreResult:
     ended = asyncio.ensure_future(job.guest.watch.wait())
     try:
-        if job.answered is not None:
-            await _wait_running(job, task, ended)
+        if resumed is not None:
+            await _wait_running(job, task, ended, resumed)
         with _interrupts(job):
             await _load(job, task, ended, placed)
         return await _finish(job, task, placed.cpu)
@@ -571,40 +596,49 @@ async def _serve(
 
 
 async def _wait_running(
-    job: Job, task: asyncio.Future[None], ended: asyncio.Future[None]
+    job: Job,
+    task: asyncio.Future[None],
+    ended: asyncio.Future[None],
+    events: Events,
 ) -> None:
     """Wait until the guest runs, or stands as it was saved."""
     doing = "when it loaded the device state"
+    resumed = asyncio.ensure_future(events.next())
+    asked = asyncio.ensure_future(_has_state(job))
     sent, since = 0, time.monotonic()
-    async with job.guest.qmp.listen(["RESUME"]) as events:
-        # It may have been faster than we are.
-        resumed = asyncio.ensure_future(events.next())
-        try:
-            while not await _is_through(job, resumed):
-                waits = {task, ended} if job.paused else {task, ended, resumed}
-                pause = 0.005 if job.paused else _TICK
-                await asyncio.wait(
-                    waits, timeout=pause, return_when=asyncio.FIRST_COMPLETED
+    try:
+        while not (resumed.done() or asked.done()):
+            waits: set[asyncio.Future[Any]] = {task, ended, resumed, asked}
+            await asyncio.wait(
+                waits, timeout=_TICK, return_when=asyncio.FIRST_COMPLETED
+            )
+            if ended.done():
+                raise job.guest.died(doing)
+            if task.done():
+                error = task.exception()
+                if isinstance(error, errors.QemuDied):
+                    raise await why_closed(job.guest, doing) from error
+                if error is not None:
+                    raise error
+            now = job.pager.stats().bytes_sent
+            if now != sent:
+                sent, since = now, time.monotonic()
+            elif time.monotonic() - since > _STALL_TIMEOUT:
+                raise errors.QemuTimeout(
+                    f"QEMU (pid {job.guest.pid}) hangs {doing}: nothing happened "
+                    f"for {_STALL_TIMEOUT:g} s"
                 )
-                if ended.done():
-                    raise job.guest.died(doing)
-                if task.done():
-                    error = task.exception()
-                    if isinstance(error, errors.QemuDied):
-                        raise await why_closed(job.guest, doing) from error
-                    if error is not None:
-                        raise error
-                now = job.pager.stats().bytes_sent
-                if now != sent:
-                    sent, since = now, time.monotonic()
-                elif time.monotonic() - since > _STALL_TIMEOUT:
-                    raise errors.QemuTimeout(
-                        f"QEMU (pid {job.guest.pid}) hangs {doing}: nothing happened "
-                        f"for {_STALL_TIMEOUT:g} s"
-                    )
-        finally:
-            resumed.cancel()
-            await asyncio.gather(resumed, return_exceptions=True)
+        if resumed.done():
+            resumed.result()
+        else:
+            asked.result()
+    except errors.QemuDied as error:
+        # QMP closes an instant before the process ends, which can say more.
+        raise await why_closed(job.guest, doing) from error
+    finally:
+        for waiting in (resumed, asked):
+            waiting.cancel()
+        await asyncio.gather(resumed, asked, return_exceptions=True)
     job.running = time.monotonic()
     job.guest.ran = True
     assert job.answered is not None  # noqa: S101 - the caller has looked
@@ -619,16 +653,15 @@ async def _wait_running(
     )
 
 
-async def _is_through(job: Job, resumed: asyncio.Future[Any]) -> bool:
-    """Say whether the guest has its state: it runs, or may be told to."""
-    if resumed.done():
-        resumed.result()
-        return True
-    try:
-        state = await job.guest.qmp.execute("query-status")
-    except errors.QemuDied:
-        return False  # the watch says more
-    return bool(state["status"] != "inmigrate")
+async def _has_state(job: Job) -> None:
+    """Return when the guest has its state; no event says that it stands."""
+    while True:
+        if not job.paused:
+            await asyncio.sleep(_TICK)
+        state = await job.guest.qmp.execute("query-status", timeout=_STALL_TIMEOUT)
+        if state["status"] != "inmigrate":
+            return
+        await asyncio.sleep(_STATUS_POLL)
 
 
 async def _load(
@@ -641,13 +674,13 @@ async def _load(
     if not job.guest.spawned:
         # The user's own socket: others want to use it.
         await job.guest.disconnect()
-    pages = job.pager.stats().pages_background
-    last = time.monotonic()
-    if job.place:
-        placed.apply(job.pager.thread())
+    placing = asyncio.ensure_future(_place(job, placed))
+    pages, last = job.pager.stats().pages_background, time.monotonic()
     while not task.done() and not ended.done():
         await asyncio.wait(
-            {task, ended}, timeout=_TICK, return_when=asyncio.FIRST_COMPLETED
+            {task, ended},
+            timeout=_TICK if placed.over else _PLACED_TICK,
+            return_when=asyncio.FIRST_COMPLETED,
         )
         stats = job.pager.stats()
         now = time.monotonic()
@@ -657,6 +690,16 @@ async def _load(
         pages, last = stats.pages_background, now
         total = stats.pages_total * PAGE_SIZE
         job.report.progress("load", total - stats.pages_left * PAGE_SIZE, total)
+    placing.cancel()
+    await asyncio.gather(placing, return_exceptions=True)
+
+
+async def _place(job: Job, placed: placement.Placement) -> None:
+    """Put the threads of a fault together, once it is measured that it pays."""
+    if job.place is not None and await job.place:
+        placed.apply(job.pager.thread())
+    else:
+        placed.undo()
 
 
 async def _finish(

@@ -350,8 +350,8 @@ class Overlays:
     async def undo(self) -> tuple[str, ...]:
         """Take everything back: what the guest has written goes into its disks.
 
-        QEMU must own its disks (it does not between the end of a migration and
-        `cont`). Called again it goes on where it stopped.
+        QEMU must own its disks: before 10.0 it refuses between the end of a migration
+        and `cont`. Called again this goes on where it stopped.
 
         Returns:
             Files of overlays that could not be removed; they are no longer used.
@@ -413,15 +413,22 @@ class Overlays:
     async def _commit(self, overlay: Overlay) -> None:
         """Write an overlay back into its disk and let the guest use that again."""
         job = f"{overlay.node}-commit"
-        await self._qmp.execute(
-            "block-commit",
-            {
-                "job-id": job,
-                "device": overlay.node,
-                "base-node": overlay.disk.node,
-                "auto-dismiss": False,
-            },
-        )
+        arguments = {
+            "job-id": job,
+            "device": overlay.node,
+            "base-node": overlay.disk.node,
+            "auto-dismiss": False,
+        }
+        try:
+            await self._qmp.execute("block-commit", arguments)
+        except errors.QemuRefused as error:
+            # After a migration QEMU has given its disks away until `cont`; since
+            # 10.0 it can be told to take them back.
+            try:
+                await self._qmp.execute("blockdev-set-active", {"active": True})
+            except errors.QemuRefused:
+                raise error from None
+            await self._qmp.execute("block-commit", arguments)
         await _wait_for_job(self._qmp, job)
 
 

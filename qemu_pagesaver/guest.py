@@ -21,7 +21,7 @@ import socket
 import subprocess
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ CONTROL_ID = "qemu-pagesaver-control"
 
 _START_TIMEOUT = 60.0
 _POLL = 0.002
+_OOB_TIMEOUT = 10.0
 _TAIL_LINES = 20
 _END_TIMEOUT = 5.0
 _SYS_USERFAULTFD = {"x86_64": 323, "aarch64": 282}
@@ -179,11 +180,19 @@ class Lifeline:
             f"chardev={LIFELINE_ID},mode=control",
         ]
 
-    async def negotiate(self) -> None:
-        """Negotiate, once and for ever."""
-        await self._execute(
-            {"execute": "qmp_capabilities", "arguments": {"enable": ["oob"]}}
-        )
+    def negotiate(self) -> Callable[[], None]:
+        """Negotiate, once and for ever; before QEMU is started.
+
+        QEMU finds the request when it opens the FIFO; nobody waits for the answer.
+
+        Returns:
+            What to call when QEMU has opened it: until then we keep it open.
+        """
+        request = {"execute": "qmp_capabilities", "arguments": {"enable": ["oob"]}}
+        # With O_RDWR neither the open nor the write needs a reader.
+        fd = os.open(self.files[0], os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        os.write(fd, json.dumps(request).encode() + b"\n")
+        return lambda: os.close(fd)
 
     async def execute_oob(
         self, command: str, arguments: dict[str, object] | None = None
@@ -195,15 +204,11 @@ class Lifeline:
             QemuTimeout: It did not answer.
             QmpUnreachable: The FIFOs are gone.
         """
-        message: dict[str, Any] = {"exec-oob": command}
+        identity = secrets.token_hex(8)
+        message: dict[str, Any] = {"exec-oob": command, "id": identity}
         if arguments:
             message["arguments"] = arguments
-        return await self._execute(message)
-
-    async def _execute(self, message: dict[str, Any], wait: float = 10.0) -> Any:
-        identity = secrets.token_hex(8)
-        name = message.get("execute") or message.get("exec-oob")
-        line = json.dumps({**message, "id": identity}).encode() + b"\n"
+        line = json.dumps(message).encode() + b"\n"
         flags = os.O_NONBLOCK | os.O_CLOEXEC
         with contextlib.ExitStack() as stack:
             try:
@@ -218,11 +223,12 @@ class Lifeline:
                     f"QEMU's monitor {self.path}: {error.strerror}"
                 ) from error
             try:
-                async with asyncio.timeout(wait):
-                    return await self._answer(answers, identity, str(name))
+                async with asyncio.timeout(_OOB_TIMEOUT):
+                    return await self._answer(answers, identity, command)
             except TimeoutError:
                 raise errors.QemuTimeout(
-                    f"QEMU (monitor {self.path}) did not answer {name} within {wait:g} s"
+                    f"QEMU (monitor {self.path}) did not answer {command} within "
+                    f"{_OOB_TIMEOUT:g} s"
                 ) from None
 
     @staticmethod
@@ -460,9 +466,11 @@ async def start(
     """
     _reap()
     socket_path = directory / "control"
+    opened = contextlib.ExitStack()
     try:
         check_socket_path(socket_path)
         lifeline = Lifeline.make(directory)
+        opened.callback(lifeline.negotiate())
         argument = str(socket_path).replace(",", ",,")
         full = [
             *argv,
@@ -474,6 +482,7 @@ async def start(
         ]
         process, output = _spawn(full)
     except BaseException:
+        opened.close()
         shutil.rmtree(directory, ignore_errors=True)
         raise
     report.detail("started: " + " ".join(full))
@@ -488,8 +497,8 @@ async def start(
         directory=directory,
     )
     try:
-        await _wait_for_qmp(guest, socket_path)
-        await lifeline.negotiate()
+        with opened:
+            await _wait_for_qmp(guest, socket_path)
         yield guest
     finally:
         await to_the_end(guest.close())

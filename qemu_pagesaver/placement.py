@@ -77,16 +77,19 @@ class Placement:
 
     Attributes:
         cpu: Where they were put; None: they were not.
+        over: It was undone, or is not to be: nothing is placed any more.
     """
 
     pid: int
     _found: dict[int, set[int]] = field(default_factory=dict)
     cpu: int | None = None
+    over: bool = False
 
     def apply(self, pager_thread: int) -> bool:
         """Put them on the CPU of the vCPU; says whether that was done."""
         path = fault_path(threads(self.pid))
-        if path is None or not pager_thread:
+        if self.over or path is None or not pager_thread:
+            self.over = True
             return False
         try:
             found = {tid: os.sched_getaffinity(tid) for tid in [*path, pager_thread]}
@@ -106,7 +109,8 @@ class Placement:
         return True
 
     def undo(self) -> None:
-        """Give every thread the CPUs that it was found with; once is enough."""
+        """Give every thread the CPUs that it was found with, for good."""
+        self.over = True
         found, self._found = self._found, {}
         for tid, cpus in found.items():
             with contextlib.suppress(OSError):

@@ -241,7 +241,7 @@ def package(devices: bytes) -> bytes:
     length = len(listen) + len(devices) + len(run)
     if length > PACKAGE_MAX:
         raise errors.StreamUnsupported(
-            f"the device state has {len(devices)} bytes, more than QEMU takes on demand",
+            f"the device state has {len(devices)} bytes, more than QEMU takes at once",
             hint="`convert` the snapshot, and give the stream to QEMU's -incoming.",
         )
     header = command(Command.PACKAGED, struct.pack(">I", length))

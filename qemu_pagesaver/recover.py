@@ -16,7 +16,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qemu_pagesaver import control, delivery, errors, guest as guest_state, postcopy
+from qemu_pagesaver import control, delivery, errors, postcopy
+from qemu_pagesaver import guest as guest_state
 from qemu_pagesaver.delivery import Delivery, Job, Link, RestoreResult
 from qemu_pagesaver.guest import Guest, Lifeline
 from qemu_pagesaver.migration import LOST_SOURCE
@@ -250,7 +251,7 @@ async def _recover(
                 started=started,
                 answered=None,
                 paused=False,
-                place=False,
+                place=None,
             )
             return await delivery.serve(job)
     finally:
@@ -272,7 +273,7 @@ async def _has_preempt(guest: Guest) -> bool:
 
 async def _execute(
     guest: Guest, command: str, arguments: dict[str, object] | None = None
-) -> Any:  # noqa: ANN401 - whatever QMP returns
+) -> Any:
     """Execute a command that works out of band, by the way that is open."""
     if guest.lifeline is not None:
         with contextlib.suppress(errors.QmpUnreachable):

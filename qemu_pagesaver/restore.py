@@ -27,14 +27,19 @@ from qemu_pagesaver import (
     command_line,
     control,
     delivery,
-    disks as disk_state,
     errors,
-    guest as guest_state,
     placement,
     postcopy,
 )
+from qemu_pagesaver import (
+    disks as disk_state,
+)
+from qemu_pagesaver import (
+    guest as guest_state,
+)
 from qemu_pagesaver.delivery import Delivery, Job, Link, RestoreResult
 from qemu_pagesaver.guest import Guest
+from qemu_pagesaver.migration import query_capabilities
 from qemu_pagesaver.native import PAGE_SIZE, Section
 from qemu_pagesaver.option_string import OptionString
 from qemu_pagesaver.report import Report, Silent
@@ -448,12 +453,15 @@ async def _bring_up(
 ) -> RestoreResult:
     """Be the source of the migration until the pager can be, then serve."""
     paused = _is_paused(snapshot, target)
-    await _check_machine(guest, snapshot)
+    _, found, known = await asyncio.gather(
+        _check_machine(guest, snapshot),
+        guest_state.ram_blocks(guest.qmp),
+        query_capabilities(guest.qmp),
+    )
     where = f"QEMU (pid {guest.pid})"
-    found = await guest_state.ram_blocks(guest.qmp)
     blocks = delivery.match_blocks(snapshot.image.ram_blocks, found, where=where)
     preempt = options.wants_preempt
-    old = await delivery.set_capabilities(guest, preempt=preempt)
+    old = await delivery.set_capabilities(guest, known, preempt=preempt)
     async with _undo_capabilities(guest, old), _link(guest, target, preempt) as link:
         key = stack.enter_context(control.guest_lock(guest.pid))
         await _open(link, snapshot, blocks, found)
@@ -486,7 +494,7 @@ async def _bring_up(
             started=started,
             answered=answered,
             paused=paused,
-            place=await measured,
+            place=measured,
             sockets=sockets,
         )
         try:
@@ -676,7 +684,7 @@ def _absolute(target: Target) -> dict[str, Any]:
     return asdict(made)
 
 
-def _follow_child(events: Any, pid: int, report: Report) -> Detached:  # noqa: ANN401 - a binary file
+def _follow_child(events: Any, pid: int, report: Report) -> Detached:
     for line in events:
         document = json.loads(line)
         name = document.pop("event")
@@ -765,7 +773,7 @@ def _detached() -> None:
         document: dict[str, Any] = errors.Interrupted("interrupted").document()
     except errors.PagesaverError as error:
         document = error.document()
-    except Exception as error:  # noqa: BLE001 - nobody reads a traceback
+    except Exception as error:
         kind = type(error).__name__
         document = errors.PagesaverError(f"internal error: {kind}: {error}").document()
     else:

@@ -12,7 +12,7 @@ import pytest
 
 from tests.support import qemus
 from tests.support.qemus import Qemu
-from tests.support.redisclient import keys_for
+from tests.support.redisguests import RedisGuests
 from tests.support.vm import Vm, private_directory
 
 
@@ -66,44 +66,7 @@ def busybox_vm(qemu: Qemu, vms: Vms) -> Vm:
     return vms.start(Vm(qemu, "busybox"))
 
 
-class RedisGuests:
-    """Guests with a loaded redis: booted and loaded once, then from a stream."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._streams: dict[tuple[str, str, int, int], Path] = {}
-
-    def stream(
-        self,
-        qemu: Qemu,
-        *,
-        machine: str = "pc",
-        memory: int = 2048,
-        megabytes: int = 600,
-    ) -> Path:
-        """QEMU's own stream of such a guest, saved running."""
-        key = (qemu.version, machine, memory, megabytes)
-        if key not in self._streams:
-            path = self._directory / "-".join(map(str, key))
-            with Vm(qemu, "redis", machine=machine, memory=memory) as vm:
-                vm.start()
-                with vm.redis() as redis:
-                    redis.load(keys_for(megabytes))
-                vm.save_stream(path)
-            self._streams[key] = path
-        return self._streams[key]
-
-    def start(self, vm: Vm, megabytes: int = 600) -> Vm:
-        """Bring VM (made with incoming=True) to life with a loaded redis."""
-        stream = self.stream(
-            vm.qemu, machine=vm.machine, memory=vm.memory, megabytes=megabytes
-        )
-        vm.start().load_stream(stream)
-        return vm
-
-
 @pytest.fixture(scope="session")
-def redis_guests() -> Iterator[RedisGuests]:
-    directory = private_directory()
-    yield RedisGuests(directory)
-    shutil.rmtree(directory, ignore_errors=True)
+def redis_guests() -> RedisGuests:
+    """Guests with a loaded redis, prepared once and kept."""
+    return RedisGuests()

@@ -54,7 +54,7 @@ static const struct {
     uint32_t record_size;
     uint32_t flags;
     bool required;
-    uint64_t limit; /* of the length; 0: what open compares it with */
+    uint64_t limit; /* of the length, in bytes */
 } section_rules[PS_SECTION_TYPES] = {
     [PS_SECTION_META] = {"META", 1, 0, false, PS_MAX_META_BYTES},
     [PS_SECTION_STREAM] = {"STREAM", sizeof(ps_format_stream), 1, true,

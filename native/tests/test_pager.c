@@ -296,7 +296,8 @@ static void get(struct test *t, struct channel *c, void *out, size_t length)
             continue;
         }
         if (!wait_readable(c->fd, PATIENCE_MS)) {
-            CHECK_MSG(false, "%s: nothing came for %d ms", running, PATIENCE_MS);
+            CHECK_MSG(false, "%s: nothing came for %d ms", running,
+                      PATIENCE_MS);
             t->failed = true;
             break;
         }
@@ -364,8 +365,8 @@ static void take_page(struct test *t, struct channel *c, uint64_t page,
         CHECK_MSG(!needs_update(expected), "page %llu is not zero",
                   (unsigned long long)page);
         if (host == 1) {
-            CHECK_MSG(t->seen[block][page] == 2,
-                      "zero page %llu came unasked", (unsigned long long)page);
+            CHECK_MSG(t->seen[block][page] == 2, "zero page %llu came unasked",
+                      (unsigned long long)page);
         }
     } else {
         get(t, c, is, sizeof(is));
@@ -884,7 +885,7 @@ static void test_preempt(bool as_in_8_0)
     CHECK(take_entry(&t, &t.preempt) && t.logged == 1);
     CHECK(take_section(&t) == QEMU_VM_SECTION_PART);
     CHECK(t.logged == 4 && t.log[0].page == 11); /* prefetch: main channel */
-    request(&t, RAM, 8); /* zero */
+    request(&t, RAM, 8);                         /* zero */
     request(&t, ROM, 0);
     request(&t, RAM, 13); /* late: it went by the main channel */
     request(&t, RAM, 100);
@@ -991,12 +992,14 @@ static void test_hostile(void)
         uint16_t length;
         const char *text;
     } headers[] = {
-        {0, 4, "unknown"},      {8, 4, "unknown"},    {0xffff, 0, "unknown"},
-        {1, 3, "SHUT"},         {1, 5, "SHUT"},       {2, 0, "PONG"},
-        {3, 13, "REQ_PAGES"},   {3, 269, "REQ_PAGES"},
-        {3, 0xffff, "REQ_PAGES"}, {4, 11, "REQ_PAGES"}, {4, 13, "REQ_PAGES"},
-        {5, 1, "RECV_BITMAP"},  {5, 257, "RECV_BITMAP"},
-        {6, 8, "RESUME_ACK"},   {7, 1, "SWITCHOVER"},
+        {0, 4, "unknown"},        {8, 4, "unknown"},
+        {0xffff, 0, "unknown"},   {1, 3, "SHUT"},
+        {1, 5, "SHUT"},           {2, 0, "PONG"},
+        {3, 13, "REQ_PAGES"},     {3, 269, "REQ_PAGES"},
+        {3, 0xffff, "REQ_PAGES"}, {4, 11, "REQ_PAGES"},
+        {4, 13, "REQ_PAGES"},     {5, 1, "RECV_BITMAP"},
+        {5, 257, "RECV_BITMAP"},  {6, 8, "RESUME_ACK"},
+        {7, 1, "SWITCHOVER"},
     };
     uint8_t bytes[400];
     uint8_t data[300] = {0};
@@ -1025,8 +1028,8 @@ static void test_hostile(void)
     one_hostile("bitmap", bytes, message(bytes, 5, data, 2), PS_ERR_PEER,
                 "bitmap");
     ps_put_be32(data, 0);
-    one_hostile("early SHUT", bytes, message(bytes, 1, data, 4),
-                PS_ERR_CLOSED, "before everything");
+    one_hostile("early SHUT", bytes, message(bytes, 1, data, 4), PS_ERR_CLOSED,
+                "before everything");
     ps_put_be32(data, 1);
     one_hostile("SHUT 1", bytes, message(bytes, 1, data, 4), PS_ERR_PEER,
                 "error 1");
@@ -1223,8 +1226,8 @@ static void test_damaged(bool zstd)
     if (!create(&t, &setup)) {
         return;
     }
-    CHECK(ftruncate(t.setup.tiny.fd,
-                    (off_t)t.setup.tiny.block_offset[1] + 1) == 0);
+    CHECK(ftruncate(t.setup.tiny.fd, (off_t)t.setup.tiny.block_offset[1] + 1) ==
+          0);
     ps_pager_finish(t.pager);
     pthread_create(&t.thread, NULL, run_pager, &t);
     pthread_join(t.thread, NULL);

@@ -134,11 +134,11 @@ static inline void tiny_number(const tiny_image *tiny, tiny_index *index)
                     index->id[n] = page.id;
                     index->owner[n++] = (uint32_t)global;
                 }
-                index->entries[global] = ps_entry_make(
-                    PS_CLASS_DATA, 0, index->number[page.id]);
+                index->entries[global] =
+                    ps_entry_make(PS_CLASS_DATA, 0, index->number[page.id]);
             } else if (page.page_class == PS_CLASS_FILL) {
-                index->entries[global] = ps_entry_make(
-                    PS_CLASS_FILL, 2, page.id | 0x01000000u);
+                index->entries[global] =
+                    ps_entry_make(PS_CLASS_FILL, 2, page.id | 0x01000000u);
             } else {
                 index->entries[global] = page.page_class;
             }
@@ -157,9 +157,9 @@ static inline void tiny_number(const tiny_image *tiny, tiny_index *index)
         }
         for (uint64_t i = 0; i < total; i++) {
             if (ps_entry_class(index->entries[i]) == PS_CLASS_DATA) {
-                index->entries[i] = ps_entry_make(
-                    PS_CLASS_DATA, 0,
-                    n - 1 - ps_entry_value(index->entries[i]));
+                index->entries[i] =
+                    ps_entry_make(PS_CLASS_DATA, 0,
+                                  n - 1 - ps_entry_value(index->entries[i]));
             }
         }
     }
@@ -179,8 +179,8 @@ static inline void tiny_put_blocks(tiny_image *tiny, const tiny_index *index,
         size_t length = 0, stored;
         bool zstd = tiny->zstd;
 
-        for (uint64_t i = c;
-             i < c + tiny->pages_per_block && i < index->count; i++) {
+        for (uint64_t i = c; i < c + tiny->pages_per_block && i < index->count;
+             i++) {
             tiny_page page = {PS_CLASS_DATA, index->id[i]};
             XXH128_hash_t hash;
 
@@ -199,8 +199,7 @@ static inline void tiny_put_blocks(tiny_image *tiny, const tiny_index *index,
         }
         records[number].length = (uint32_t)stored;
         records[number].form = zstd ? PS_BLOCK_ZSTD : PS_BLOCK_RAW;
-        records[number].checksum =
-            XXH3_64bits(zstd ? packed : plain, stored);
+        records[number].checksum = XXH3_64bits(zstd ? packed : plain, stored);
         records[number].offset = tiny_put(tiny->fd, at, zstd ? 1 : 4096,
                                           zstd ? packed : plain, stored);
         tiny->block_offset[number] = records[number].offset;
@@ -244,8 +243,7 @@ static inline void tiny_ram_blocks(const tiny_image *tiny,
         uint64_t counts[4] = {0};
 
         for (uint64_t p = 0; p < tiny->pages[b]; p++) {
-            counts[ps_entry_class(
-                index->entries[leaf * PS_LEAF_PAGES + p])]++;
+            counts[ps_entry_class(index->entries[leaf * PS_LEAF_PAGES + p])]++;
         }
         out[b].name_length = (uint8_t)strlen(tiny->name[b]);
         memcpy(out[b].name, tiny->name[b], out[b].name_length);
@@ -294,8 +292,7 @@ static inline void tiny_finish(const tiny_image *tiny, uint64_t at,
         if (sections[i].length) {
             table[i].offset = tiny_put(tiny->fd, &at, 8, sections[i].data,
                                        sections[i].length);
-            table[i].sums_offset =
-                tiny_put(tiny->fd, &at, 8, sums, chunks * 8);
+            table[i].sums_offset = tiny_put(tiny->fd, &at, 8, sums, chunks * 8);
         }
         free(sums);
     }

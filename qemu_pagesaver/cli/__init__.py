@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
+import io
 import signal
 import sys
 import traceback
@@ -65,6 +66,10 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code; never raises."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A name that the terminal's character set lacks is no reason to fail.
+            stream.reconfigure(errors="backslashreplace")
     terminated, restore_signals = _handle_sigterm()
     out = Output(json=_has_flag(arguments, "--json"))
     try:

@@ -56,7 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where QEMU listens for its memory; its user must be able to write there",
     )
     which.add_argument(
-        "--paused", action="store_true", help="the guest stands still (`cont` starts it)"
+        "--paused",
+        action="store_true",
+        help="the guest stands still (`cont` starts it)",
     )
     which.add_argument(
         "--detach",
@@ -161,7 +163,9 @@ def finish(result: RestoreResult, out: Output) -> int:
     document = result.document()
     out.result(document, properties(rows(document)))
     if result.ended == "qemu-ended":
-        how = "" if result.qemu_status in (None, 0) else f" ({_how(result.qemu_status)})"
+        how = (
+            "" if result.qemu_status in (None, 0) else f" ({_how(result.qemu_status)})"
+        )
         out.note(
             f"QEMU (pid {result.pid}) ended{how} before all of the guest was loaded"
         )
@@ -180,8 +184,9 @@ def _how(status: int) -> str:
 
 
 def _running(document: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
-    yield "guest runs" if not document["paused"] else "guest stands", (
-        f"pid {document['pid']}, QMP {document['qmp']}"
+    yield (
+        "guest runs" if not document["paused"] else "guest stands",
+        (f"pid {document['pid']}, QMP {document['qmp']}"),
     )
     yield "time to running", _seconds(document["time-to-running"])
     yield "pager", f"pid {document['pager-pid']}"

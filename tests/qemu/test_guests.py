@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import RedisGuests, Vms
+from tests.conftest import Vms
 from tests.support import pattern
 from tests.support.console import GuestError
 from tests.support.pattern import Control, content
 from tests.support.qemus import Qemu
 from tests.support.redisclient import VALUE_SIZE, keys_for, value
+from tests.support.redisguests import RedisGuests
 from tests.support.vm import Vm
 
 KINDS = ("data", "text", "zero", "dup", "unit:1:5a", "unit:8:0123456789abcdef")

@@ -11,8 +11,8 @@ from typing import Self
 
 VALUE_SIZE = 4000  # with redis' header just in a 4 KiB size class
 _BATCH = 64
-_HEADER = 600
-_RAW = 440
+_HEADER = 424
+_RAW = 352
 _WORDS = (VALUE_SIZE - _HEADER) // 8
 _TEXT = VALUE_SIZE - _HEADER - _RAW
 _NAMES = ("ada", "barbara", "dennis", "edsger", "grace", "ken", "margaret", "niklaus")

@@ -73,7 +73,8 @@ class State:
 
 
 def counted(name: str) -> bytes:
-    return bytes([len(name)]) + name.encode()
+    encoded = name.encode()
+    return bytes([len(encoded)]) + encoded
 
 
 def full_section(

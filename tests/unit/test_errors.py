@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from qemu_pagesaver import errors, native
+from qemu_pagesaver._native import lib
 from qemu_pagesaver.errors import PagesaverError
 
 
@@ -77,8 +78,8 @@ def test_os_errors_get_a_class(number: int, kind: type[PagesaverError]) -> None:
 
 
 def test_every_status_of_the_core_has_a_class() -> None:
-    names = [name for name in dir(native.lib) if name.startswith("PS_ERR_")]
+    names = [name for name in dir(lib) if name.startswith("PS_ERR_")]
     assert len(names) == 12
     by_hand = {"PS_ERR_IO", "PS_ERR_ARGUMENT"}
     for name in set(names) - by_hand:
-        assert issubclass(native._CLASSES[getattr(native.lib, name)], PagesaverError)
+        assert issubclass(native._CLASSES[getattr(lib, name)], PagesaverError)

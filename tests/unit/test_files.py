@@ -44,13 +44,17 @@ def test_it_has_its_name_when_it_is_whole(tmp_path: Path) -> None:
 @KINDS
 @pytest.mark.usefixtures("kind")
 def test_nothing_is_left_without_commit(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), AtomicFile(tmp_path / "target") as new:
-        os.write(new.fd, b"part")
-        raise KeyboardInterrupt
+    def interrupted() -> None:
+        with AtomicFile(tmp_path / "target") as new:
+            os.write(new.fd, b"part")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert list(tmp_path.iterdir()) == []
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     AtomicFile(tmp_path / "target").discard()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 @KINDS

@@ -1,0 +1,262 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * The floor of the benchmark: a pager that is an array of pages in memory and
+ * nothing else. It answers requests, one page each, and does no more.
+ *
+ *     floor_pager SOCKET FLATFILE SECTION-ID FOOTERS NAME:OFFSET:LENGTH ..
+ *
+ * SOCKET is the number of an inherited descriptor, or the path of a unix
+ * socket, on which the handshake is done: QEMU has had, or is being sent by
+ * the parent, everything up to and including PACKAGED. FLATFILE has the bytes
+ * of every RAM block; block NAME has LENGTH bytes at OFFSET. FOOTERS is 1
+ * when sections end with footers. It ends when QEMU hangs up, and prints one
+ * JSON object: faults, and the latencies of request to write in nanoseconds.
+ */
+#include <ctype.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/uio.h>
+#include <sys/un.h>
+#include <time.h>
+#include <unistd.h>
+
+#define PAGE 4096u
+#define MAX_BLOCKS 64
+#define MAX_SAMPLES (1u << 20)
+
+struct block {
+    char name[256];
+    uint64_t offset;
+    uint64_t length;
+    uint8_t *sent; /* one byte for each page */
+};
+
+static struct block blocks[MAX_BLOCKS];
+static size_t block_count;
+static uint8_t *memory;
+static uint64_t memory_length;
+static unsigned long long samples[MAX_SAMPLES];
+static size_t faults, late, sample_count;
+
+static void die(const char *what)
+{
+    fprintf(stderr, "floor_pager: %s: %s\n", what, strerror(errno));
+    exit(1);
+}
+
+static uint64_t now_ns(void)
+{
+    struct timespec ts;
+
+    clock_gettime(CLOCK_MONOTONIC, &ts);
+    return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
+}
+
+static uint64_t get_be(const uint8_t *p, int bytes)
+{
+    uint64_t v = 0;
+
+    for (int i = 0; i < bytes; i++) {
+        v = v << 8 | p[i];
+    }
+    return v;
+}
+
+static void put_be(uint8_t *p, uint64_t v, int bytes)
+{
+    for (int i = bytes - 1; i >= 0; i--, v >>= 8) {
+        p[i] = (uint8_t)v;
+    }
+}
+
+static int open_socket(const char *name)
+{
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    int fd;
+
+    if (isdigit((unsigned char)name[0])) {
+        return atoi(name);
+    }
+    fd = socket(AF_UNIX, SOCK_STREAM, 0);
+    strncpy(address.sun_path, name, sizeof(address.sun_path) - 1);
+    if (fd < 0 || connect(fd, (struct sockaddr *)&address, sizeof(address))) {
+        die(name);
+    }
+    return fd;
+}
+
+static void load(const char *path)
+{
+    struct stat st;
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+
+    if (fd < 0 || fstat(fd, &st)) {
+        die(path);
+    }
+    memory_length = (uint64_t)st.st_size;
+    memory = malloc(memory_length + PAGE);
+    if (!memory) {
+        die(path);
+    }
+    for (uint64_t at = 0; at < memory_length;) {
+        ssize_t n = read(fd, memory + at, memory_length - at);
+
+        if (n <= 0) {
+            die(path);
+        }
+        at += (uint64_t)n;
+    }
+    close(fd);
+}
+
+static void add_block(const char *text)
+{
+    struct block *block = &blocks[block_count++];
+    unsigned long long offset, length;
+
+    if (block_count > MAX_BLOCKS ||
+        sscanf(text, "%255[^:]:%llu:%llu", block->name, &offset, &length) !=
+            3 ||
+        length % PAGE || offset > memory_length ||
+        length > memory_length - offset) {
+        die(text);
+    }
+    block->offset = offset;
+    block->length = length;
+    block->sent = calloc(length / PAGE + 1, 1);
+    if (!block->sent) {
+        die(text);
+    }
+}
+
+/* One section with one page, in one system call where the socket has room. */
+static void send_page(int fd, uint32_t id, bool footers, struct block *block,
+                      uint64_t start)
+{
+    uint8_t head[5 + 8 + 256], tail[8 + 5];
+    size_t name = strlen(block->name);
+    struct iovec iov[3] = {
+        {head, 5 + 8 + 1 + name},
+        {memory + block->offset + start, PAGE},
+        {tail, footers ? 13 : 8},
+    };
+    struct msghdr message = {.msg_iov = iov, .msg_iovlen = 3};
+
+    head[0] = 0x02; /* QEMU_VM_SECTION_PART */
+    put_be(head + 1, id, 4);
+    put_be(head + 5, start | 0x08, 8); /* RAM_SAVE_FLAG_PAGE */
+    head[13] = (uint8_t)name;
+    memcpy(head + 14, block->name, name);
+    put_be(tail, 0x10, 8); /* RAM_SAVE_FLAG_EOS */
+    tail[8] = 0x7e;        /* QEMU_VM_SECTION_FOOTER */
+    put_be(tail + 9, id, 4);
+    /* The socket blocks, so it takes all of it or fails. */
+    if (sendmsg(fd, &message, MSG_NOSIGNAL) !=
+        (ssize_t)(iov[0].iov_len + iov[1].iov_len + iov[2].iov_len)) {
+        die("writing to QEMU");
+    }
+}
+
+static struct block *find(const uint8_t *name, size_t length)
+{
+    for (size_t i = 0; i < block_count; i++) {
+        if (strlen(blocks[i].name) == length &&
+            memcmp(blocks[i].name, name, length) == 0) {
+            return &blocks[i];
+        }
+    }
+    die("unknown RAM block");
+    return NULL;
+}
+
+static void serve(int fd, uint32_t id, bool footers)
+{
+    uint8_t in[8192];
+    size_t have = 0;
+    struct block *block = NULL;
+
+    for (;;) {
+        ssize_t n = read(fd, in + have, sizeof(in) - have);
+        uint64_t asked = now_ns();
+        size_t at = 0, length;
+
+        if (n <= 0) {
+            return;
+        }
+        have += (size_t)n;
+        for (; have - at >= 4 &&
+               have - at >= (length = (size_t)get_be(in + at + 2, 2)) + 4;
+             at += length + 4) {
+            const uint8_t *data = in + at + 4;
+            uint64_t type = get_be(in + at, 2), start;
+
+            if ((type != 3 || length < 14) && (type != 4 || length != 12)) {
+                continue;
+            }
+            if (type == 3) {
+                block = find(data + 13, data[12]);
+            }
+            start = get_be(data, 8);
+            if (!block || start % PAGE || start >= block->length) {
+                die("request out of range");
+            }
+            faults++;
+            if (block->sent[start / PAGE]) {
+                late++;
+                continue;
+            }
+            block->sent[start / PAGE] = 1;
+            send_page(fd, id, footers, block, start);
+            if (sample_count < MAX_SAMPLES) {
+                samples[sample_count++] = now_ns() - asked;
+            }
+        }
+        have -= at;
+        memmove(in, in + at, have);
+    }
+}
+
+static int compare(const void *a, const void *b)
+{
+    unsigned long long x = *(const unsigned long long *)a;
+    unsigned long long y = *(const unsigned long long *)b;
+
+    return (x > y) - (x < y);
+}
+
+int main(int argc, char **argv)
+{
+    int fd, flags;
+    size_t n;
+
+    if (argc < 6) {
+        fprintf(stderr, "usage: floor_pager SOCKET FLATFILE SECTION-ID "
+                        "FOOTERS NAME:OFFSET:LENGTH ..\n");
+        return 2;
+    }
+    load(argv[2]);
+    for (int i = 5; i < argc; i++) {
+        add_block(argv[i]);
+    }
+    fd = open_socket(argv[1]);
+    flags = fcntl(fd, F_GETFL);
+    if (flags < 0 || fcntl(fd, F_SETFL, flags & ~O_NONBLOCK)) {
+        die("socket");
+    }
+    fprintf(stderr, "ready\n"); /* the array is loaded */
+    serve(fd, (uint32_t)strtoul(argv[3], NULL, 10), atoi(argv[4]) == 1);
+    qsort(samples, sample_count, sizeof(samples[0]), compare);
+    n = sample_count;
+    printf("{\"faults\": %zu, \"faults-late\": %zu, \"p50-ns\": %llu, "
+           "\"p99-ns\": %llu, \"max-ns\": %llu}\n",
+           faults, late, n ? samples[n / 2] : 0, n ? samples[n * 99 / 100] : 0,
+           n ? samples[n - 1] : 0);
+    return 0;
+}

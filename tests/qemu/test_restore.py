@@ -1,0 +1,406 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Restore with real QEMUs: the guest itself proves that it is the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qemu_pagesaver
+from tests.support import qemus
+from tests.support.qemus import Qemu
+from tests.support.qmp import Qmp
+from tests.support.restoring import (
+    NONCE,
+    Restoring,
+    check,
+    cli,
+    fill,
+    is_alive,
+    kill,
+    wait_gone,
+)
+from tests.support.vm import Vm, private_directory
+
+Start = Callable[..., Restoring]
+
+
+class Saved:
+    """A snapshot of the pattern guest, and the QEMU that it is of."""
+
+    def __init__(self, qemu: Qemu, directory: Path) -> None:
+        self.qemu = qemu
+        self.directory = directory
+        self.running = directory / "running.psnap"
+        self.paused = directory / "paused.psnap"
+        with Vm(qemu, "pattern") as vm:
+            fill(vm.start().pattern)
+            qemu_pagesaver.save(str(vm.qmp_path), self.running)
+            vm.qmp.command("stop")
+            qemu_pagesaver.save(str(vm.qmp_path), self.paused)
+
+
+@pytest.fixture(scope="module", params=qemus.VERSIONS, ids=lambda v: f"qemu-{v}")
+def saved(request: pytest.FixtureRequest) -> Iterator[Saved]:
+    directory = private_directory()
+    yield Saved(qemus.get(request.param), directory)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture
+def runtime(disk_path: Path) -> Path:
+    """A run-time directory of its own."""
+    path = disk_path / "r"
+    path.mkdir(mode=0o700)
+    return path
+
+
+@pytest.fixture
+def start(saved: Saved, runtime: Path, disk_path: Path) -> Iterator[Start]:
+    """Starts a restore of the snapshot in its own QEMU."""
+    started: list[Restoring] = []
+
+    def make(*options: str, file: Path | None = None, **more: Any) -> Restoring:
+        which = [] if more.get("command") else ["--qemu", saved.qemu.system]
+        made = Restoring(
+            "restore",
+            *(file or saved.running, "--qmp", disk_path / "q", *which, *options),
+            runtime=runtime,
+            **more,
+        )
+        started.append(made)
+        return made
+
+    yield make
+    for each in started:
+        each.close()
+
+
+def left(runtime: Path) -> list[str]:
+    """What is left in the run-time directory, but for what the guest needs."""
+    return [each.name for each in runtime.iterdir() if not each.name.startswith("guest")]
+
+
+def test_it_is_the_same_guest(start: Start, runtime: Path) -> None:
+    restoring = start().wait_running()
+    document = restoring.finish()
+    check(restoring.console)
+    assert document["complete"]
+    assert document["pages"]["left"] == 0
+    assert document["time-to-running"] < document["time-from-start"]
+    assert left(runtime) == []
+    with restoring.qmp() as qmp:
+        states = qmp.command("query-migrate-capabilities")
+        on = {item["capability"] for item in states if item["state"]}
+        assert not on & {"postcopy-ram", "events", "postcopy-preempt"}
+        qmp.command("quit")
+    wait_gone(restoring.pid)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--background", "off", "--prefetch", "none"),
+        ("--background", "off", "--prefetch-window", "63"),
+        ("--background", "4M", "--place", "off"),
+        ("--preempt", "on"),
+        ("--preempt", "on", "--background", "off"),
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_on_demand(start: Start, runtime: Path, options: tuple[str, ...]) -> None:
+    restoring = start(*options).wait_running()
+    check(restoring.console)
+    (guest,) = json.loads(cli("--json", "status", runtime=runtime).stdout)["guests"]
+    assert guest["pid"] == restoring.pid
+    assert guest["guest"] == "pattern"
+    assert cli("finish", str(restoring.pid), runtime=runtime).returncode == 0
+    document = restoring.finish()
+    assert document["complete"]
+    assert document["faults"] > 100
+    if "none" in options:
+        assert document["pages-sent"]["prefetched"] == 0
+    check(restoring.console)
+    assert left(runtime) == []
+
+
+def test_zero_pages_are_not_sent(start: Start) -> None:
+    document = start().wait_running().finish()
+    sent = sum(document["pages-sent"].values())
+    assert sent < document["pages"]["total"] + 100
+    assert document["pages-avoided"] > 10000
+
+
+def test_a_paused_guest_stays_paused(start: Start, saved: Saved) -> None:
+    restoring = start(file=saved.paused).wait_running()
+    assert restoring.running is not None
+    assert restoring.running["paused"]
+    restoring.finish()
+    with restoring.qmp() as qmp:
+        assert qmp.command("query-status")["status"] == "paused"
+        qmp.command("cont")
+    check(restoring.console)
+
+
+def test_paused_on_request(start: Start) -> None:
+    restoring = start("--paused").wait_running()
+    with restoring.qmp() as qmp:
+        assert qmp.command("query-status")["status"] == "paused"
+        restoring.finish()
+        qmp.command("cont")
+    check(restoring.console)
+
+
+def test_attach(saved: Saved, runtime: Path, vms: Callable[..., Vm]) -> None:
+    vm = vms(saved.qemu, "pattern", incoming=True).start()
+    arguments = ("--attach", vm.qmp_path, "--background", "off")
+    with Restoring("restore", saved.running, *arguments, runtime=runtime) as restoring:
+        restoring.wait_running()
+        check(vm.pattern)
+        # The user's QMP socket is free while it loads.
+        with Qmp(vm.qmp_path) as qmp:
+            assert qmp.command("query-status")["status"] == "running"
+        # A second pager is refused, by all ways.
+        again = cli("restore", saved.running, *arguments, runtime=runtime)
+        assert (again.returncode, "pager" in again.stderr) == (50, True), again.stderr
+        recover = ("recover", saved.running, "--attach", vm.qmp_path)
+        again = cli(*recover, runtime=runtime)
+        assert again.returncode == 50, again.stderr
+        assert cli("finish", "pattern", runtime=runtime).returncode == 0
+        restoring.finish()
+        restoring.running = None
+    states = vm.qmp.command("query-migrate-capabilities")
+    assert not any(x["state"] for x in states if x["capability"] == "postcopy-ram")
+    check(vm.pattern)
+
+
+def test_attach_paused(saved: Saved, runtime: Path, vms: Callable[..., Vm]) -> None:
+    vm = vms(saved.qemu, "pattern", incoming=True).start()
+    found = cli("restore", saved.paused, "--attach", vm.qmp_path, runtime=runtime)
+    assert found.returncode == 0, found.stderr
+    assert vm.qmp.command("query-status")["status"] == "paused"
+    vm.qmp.command("cont")
+    check(vm.pattern)
+
+
+def test_attach_to_a_guest_that_runs(
+    saved: Saved, runtime: Path, vms: Callable[..., Vm]
+) -> None:
+    vm = vms(saved.qemu, "pattern").start()
+    found = cli("restore", saved.running, "--attach", vm.qmp_path, runtime=runtime)
+    assert found.returncode == 50
+    assert "-incoming defer" in found.stderr
+    assert vm.qmp.command("query-status")["status"] == "running"
+
+
+def test_wrong_memory_size(
+    saved: Saved, runtime: Path, vms: Callable[..., Vm]
+) -> None:
+    vm = vms(saved.qemu, "pattern", incoming=True, memory=256).start()
+    attach = ("restore", saved.running, "--attach", vm.qmp_path)
+    found = cli(*attach, runtime=runtime)
+    assert found.returncode == 40
+    assert "pc.ram" in found.stderr
+    assert "268435456" in found.stderr
+    # It was told before anything began: the same QEMU still waits.
+    assert vm.qmp.command("query-status")["status"] == "inmigrate"
+    assert left(runtime) == []
+
+
+def test_wrong_machine(saved: Saved, runtime: Path, vms: Callable[..., Vm]) -> None:
+    vm = vms(saved.qemu, "pattern", incoming=True, machine="q35").start()
+    found = cli(
+        "restore", saved.running, "--attach", vm.qmp_path, runtime=runtime
+    )
+    assert found.returncode == 40
+    assert "i440fx" in found.stderr
+    assert vm.alive
+
+
+def test_unknown_machine(start: Start, saved: Saved) -> None:
+    command = [str(saved.qemu.system), "-machine", "pc-i440fx-99.9", "-display", "none"]
+    code, document, err = start(command=command).end()
+    assert code == 40, err
+    assert "unsupported machine type" in document["message"].lower()
+
+
+def test_qemu_that_does_not_start(
+    start: Start, saved: Saved, runtime: Path
+) -> None:
+    command = [str(saved.qemu.system), "-no-such-option"]
+    code, document, err = start(command=command).end()
+    assert (code, document["error"]) == (22, "qemu-died"), err
+    assert "-no-such-option" in document["message"]
+    assert list(runtime.iterdir()) == []
+
+
+def test_command_line_of_ones_own(
+    start: Start, saved: Saved, disk_path: Path
+) -> None:
+    serial = disk_path / "serial"
+    command = [
+        *(str(saved.qemu.system), "-machine", "pc", "-accel", "tcg", "-nodefaults"),
+        *("-display", "none", "-m", "128M"),
+        *("-chardev", f"socket,id=s,server=on,wait=off,path={serial}"),
+        *("-serial", "chardev:s", "-kernel", str(qemus.guest_files("pattern").kernel)),
+    ]
+    restoring = start(command=command).wait_running()
+    assert restoring.running is not None
+    restoring.running["sockets"] = {"serial": str(serial)}
+    restoring.finish()
+    check(restoring.console)
+
+
+def test_detach(start: Start, saved: Saved, runtime: Path, disk_path: Path) -> None:
+    status_file = disk_path / "status.json"
+    found = cli(
+        *("--json", "restore", saved.running, "--qmp", disk_path / "q"),
+        *("--qemu", saved.qemu.system, "--background", "off", "--detach"),
+        *("--status-file", status_file),
+        runtime=runtime,
+    )
+    assert found.returncode == 0, found.stderr
+    document = json.loads(found.stdout)
+    try:
+        assert is_alive(document["pager-pid"])
+        (guest,) = json.loads(cli("--json", "status", runtime=runtime).stdout)["guests"]
+        assert guest["pager-pid"] == document["pager-pid"]
+        finished = cli("--json", "finish", saved.running, runtime=runtime)
+        assert finished.returncode == 0, finished.stderr
+        assert json.loads(finished.stdout)["complete"]
+        wait_gone(document["pager-pid"])
+        assert json.loads(status_file.read_text())["complete"]
+        assert is_alive(document["pid"])
+        assert left(runtime) == []
+    finally:
+        kill(document["pid"])
+
+
+def test_detached_failure_is_told(saved: Saved, runtime: Path, disk_path: Path) -> None:
+    broken = disk_path / "broken.psnap"
+    broken.write_bytes(saved.running.read_bytes()[:-1])
+    found = cli("--json", "restore", broken, "--detach", runtime=runtime)
+    assert found.returncode == 12, found.stderr
+    assert json.loads(found.stderr)["error"] == "truncated"
+
+
+def test_qemu_ends_before_all_is_loaded(start: Start, runtime: Path) -> None:
+    restoring = start("--background", "off").wait_running()
+    with restoring.qmp() as qmp:
+        qmp.command("quit")
+    code, document, err = restoring.end()
+    assert code == 0, err
+    assert (document["complete"], document["ended"]) == (False, "qemu-ended")
+    assert list(runtime.iterdir()) == []
+
+
+def test_qemu_is_killed(start: Start, runtime: Path, disk_path: Path) -> None:
+    restoring = start("--background", "off").wait_running()
+    kill(restoring.pid)
+    code, document, err = restoring.end()
+    assert (code, document["complete"]) == (22, False), err
+    assert "killed by signal 9" in err
+    assert list(runtime.iterdir()) == []
+
+
+def test_interrupt_loads_the_rest(start: Start) -> None:
+    restoring = start("--background", "off").wait_running()
+    restoring.event("progress")
+    restoring.signal(signal.SIGINT)
+    code, document, err = restoring.end()
+    assert (code, document["complete"], document["interrupted"]) == (130, True, True), err
+    check(restoring.console)
+
+
+def test_interrupt_before_it_runs(
+    start: Start, saved: Saved, runtime: Path, disk_path: Path
+) -> None:
+    # A QEMU that never answers: it is ended, and nothing stays.
+    script = disk_path / "qemu-system-slow"
+    script.write_text("#!/bin/sh\nexec sleep 600\n")
+    script.chmod(0o755)
+    restoring = start(command=[str(script)])
+    restoring.event("started")
+    end = time.monotonic() + 20
+    while not list(runtime.glob("guest-*/lifeline.in")):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    time.sleep(0.1)
+    restoring.signal(signal.SIGINT)
+    code, _, err = restoring.end()
+    assert code == 130, err
+    assert list(runtime.iterdir()) == []
+    found = subprocess.run(
+        ["pgrep", "-f", f"lifeline,path={runtime}"], capture_output=True, check=False
+    )
+    assert found.stdout == b""
+
+
+def test_qmp_socket_in_use(
+    saved: Saved, runtime: Path, vms: Callable[..., Vm]
+) -> None:
+    vm = vms(saved.qemu, "pattern").start()
+    found = cli("restore", saved.running, "--qmp", vm.qmp_path, runtime=runtime)
+    assert found.returncode == 32
+    assert vm.alive
+
+
+def test_no_userfaultfd(
+    saved: Saved, runtime: Path, disk_path: Path
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root to become somebody else")
+    if Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() != "0":
+        pytest.skip("everybody may use userfaultfd here")
+    shutil.chown(runtime, 65534)
+    code = (
+        "import os, sys; os.setgid(65534); os.setuid(65534);"
+        "from qemu_pagesaver.guest import userfaultfd_allowed;"
+        "sys.exit(userfaultfd_allowed())"
+    )
+    import sys
+
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_save_finishes_first(
+    start: Start, saved: Saved, runtime: Path, disk_path: Path
+) -> None:
+    restoring = start("--background", "off").wait_running()
+    again = disk_path / "again.psnap"
+    found = cli(
+        "--json", "save", "--qmp", restoring.qmp_path, "-o", again, runtime=runtime
+    )
+    assert found.returncode == 0, found.stderr
+    assert restoring.finish()["complete"]
+    first = restoring.console.nonce
+    assert first == NONCE
+    document = json.loads(found.stdout)
+    assert document["pages"]["data"] > 6000
+
+
+def test_library(saved: Saved, runtime: Path, disk_path: Path) -> None:
+    before = os.environ.get("QEMU_PAGESAVER_RUNTIME_DIR")
+    os.environ["QEMU_PAGESAVER_RUNTIME_DIR"] = str(runtime)
+    try:
+        result = qemu_pagesaver.restore(
+            saved.running, qemu=str(saved.qemu.system), qmp=str(disk_path / "q")
+        )
+        try:
+            assert result.complete
+            assert result.faults >= 0
+        finally:
+            kill(result.pid)
+    finally:
+        del os.environ["QEMU_PAGESAVER_RUNTIME_DIR"]
+        if before is not None:
+            os.environ["QEMU_PAGESAVER_RUNTIME_DIR"] = before
