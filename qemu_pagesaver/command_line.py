@@ -284,13 +284,17 @@ def _words(text: str) -> frozenset[str]:
 OPTIONS: Mapping[str, Option] = _options()
 
 _INHERITED = "uses a descriptor that QEMU inherited"
+# A listening unix socket takes the place of any file of that name.
+_REPLACES = "replaces a file of the host"
 _FDSET = "/dev/fdset/"
 _FD_KEYS = frozenset(("fd", "fds", "vhostfd", "vhostfds"))
 # Properties of devices and objects that name files of the host.
 _FILE_KEYS = _words(
     "file filename path mem-path rootdir evdev hidraw sysfsdev hostdevice dir db"
-    " vhostdev config logfile input-path script downscript helper cert-file"
+    " vhostdev sdrfile frudatafile config logfile input-path script downscript"
+    " helper cert-file"
 )
+_MACHINE_FILES = ("kernel", "initrd", "dtb", "shim")
 _READ_KEYS = frozenset(("romfile",))
 _HOST_DEVICES = re.compile(
     r"vfio-|vhost-|usb-host$|virtio-input-host|xen-|u2f-passthru|scsi-generic$"
@@ -323,6 +327,37 @@ _LISTENERS = ("unix", "tcp", "telnet", "websocket", "tn3270")
 _USB_DEVICES = frozenset(("tablet", "mouse", "keyboard", "braille", "wacom-tablet"))
 _PROTOCOL = re.compile(r"[^/:]*:")
 _BINARY = re.compile(r"qemu-system-[a-z0-9_]+|qemu-kvm|kvm")
+# Options whose argument QEMU also takes as JSON.
+_JSON = _words("audio audiodev blockdev device display netdev object")
+# The key that the first property of an argument may lack.
+_IMPLIED = {
+    "machine": "type",
+    "M": "type",
+    "accel": "accel",
+    "name": "guest",
+    "icount": "shift",
+    "device": "driver",
+    "object": "qom-type",
+    "tpmdev": "type",
+    "fw_cfg": "name",
+    "blockdev": "driver",
+    "netdev": "type",
+    "nic": "type",
+    "net": "type",
+    "chardev": "backend",
+    "mon": "chardev",
+    "audio": "driver",
+    "audiodev": "driver",
+    "display": "type",
+    "vnc": "vnc",
+    **dict.fromkeys(("serial", "parallel", "debugcon", "monitor"), "line"),
+    "usbdevice": "device",
+}
+# Options whose argument is a name, and nothing else.
+_PATHS = _words(
+    "kernel initrd dtb shim bios option-rom L"
+    " hda hdb hdc hdd fda fdb cdrom sd mtdblock pflash"
+) | {""}
 _CHARDEV = re.compile(r'\bchardev[0-9]*(?:=|:|"\s*:\s*")([\w.-]+)')
 _HOSTFWD = re.compile(r"(?P<before>(?:tcp|udp)?:[^:]*:)(?P<port>\d+)(?P<after>-.*)")
 
@@ -681,9 +716,9 @@ class _Planner:
     def _trust(self, item: _Item, why: str) -> None:
         self.trusted.append(f"{item}: {why}")
 
-    def _options(self, item: _Item, implied: str) -> OptionString | None:
+    def _options(self, item: _Item) -> OptionString | None:
         """Parse an argument; what inherits a descriptor is refused at once."""
-        options = OptionString.parse(item.value, implied=implied)
+        options = _parsed(item)
         for key, value in options.pairs():
             last = key.rpartition(".")[2]
             is_fd = last in _FD_KEYS or (last == "type" and value == "fd")
@@ -747,14 +782,19 @@ class _Planner:
             self._do_name(_Item(OPTIONS["name"], ""))
 
     def _is_readable(self, item: _Item) -> bool:
+        """Refuse what we might read otherwise than QEMU does."""
+        # What has no handler, like -append, is nobody's to read.
+        if not item.option.handler or item.option.name in _PATHS:
+            return True
+        # QEMU takes JSON for some options only.
+        readable = item.option.name in _JSON or not item.value.startswith("{")
         try:
-            OptionString.parse(item.value)
+            _parsed(item)
         except ValueError:
-            # What is no JSON and not meant to be, as in -append, has no handler.
-            if item.option.handler:
-                self._refuse(item, "its argument cannot be read")
-                return False
-        return True
+            readable = False
+        if not readable:
+            self._refuse(item, "its argument cannot be read")
+        return readable
 
     def _do_by_fate(self, item: _Item) -> None:
         fate, details = item.option.fate, item.option.details
@@ -782,9 +822,9 @@ class _Planner:
         for item in self._items:
             names = set(_CHARDEV.findall(item.value))
             if item.option.name == "mon":
-                monitor = OptionString.parse(item.value, implied="chardev")
+                monitor = _parsed(item)
                 names.add(monitor.get("chardev"))
-                if _is_control(item.value):
+                if _is_control(item):
                     self._qmp_chardevs.update(names)
             self._used_chardevs.update(names)
 
@@ -794,20 +834,20 @@ class _Planner:
         """Leave out what the restore decides anyway; nothing to tell."""
 
     def _do_checked(self, item: _Item) -> None:
-        options = self._options(item, "type")
+        options = self._options(item)
         if options is not None:
             for key, value in options.pairs():
                 self._check_property(item, key, value)
         self._emit(item)
 
     def _do_tpmdev(self, item: _Item) -> None:
-        options = self._options(item, "type")
+        options = self._options(item)
         if options is not None and options.get("type") != "emulator":
             self._trust(item, "gives the guest a device of the host")
         self._emit(item)
 
     def _do_machine(self, item: _Item) -> None:
-        options = self._options(item, "type")
+        options = self._options(item)
         if options is None:
             return
         old = options.get("type")
@@ -816,17 +856,20 @@ class _Planner:
             if self._machine is not None and old != self._machine:
                 self._change(item, f"the machine is {self._machine}, as in the stream")
                 options = options.with_("type", self._machine)
-        for key in ("kernel", "initrd", "dtb", "shim"):
+        for key in _MACHINE_FILES:
             value = options.get(key)
             if value and value != self._found(value):
                 options = options.with_(key, self._found(value))
-        if options.has("dumpdtb"):
-            self._trust(item, "writes a host file")
+        for key, value in options.pairs():
+            if key == "dumpdtb" or (
+                key not in _MACHINE_FILES and value.startswith("/")
+            ):
+                self._trust(item, f"{_show(key)}= opens a host file")
         self._emit(item, options)
 
     def _do_name(self, item: _Item) -> None:
         self._has_name = True
-        options = OptionString.parse(item.value, implied="guest")
+        options = _parsed(item)
         if not item.value:
             options = OptionString(items=())
         if self._name is not None and options.get("guest") != self._name:
@@ -838,12 +881,12 @@ class _Planner:
             self._emit(item, options)
 
     def _do_icount(self, item: _Item) -> None:
-        if OptionString.parse(item.value, implied="shift").has("rr"):
+        if _parsed(item).has("rr"):
             self._refuse(item, "a replayed guest cannot be restored")
         self._emit(item)
 
     def _do_global_(self, item: _Item) -> None:
-        options = self._options(item, "")
+        options = self._options(item)
         if options is None:
             return
         for key, value in options.pairs():
@@ -862,7 +905,7 @@ class _Planner:
             self._trust(item, f"{key}= opens a host file")
 
     def _do_device(self, item: _Item) -> None:
-        options = self._options(item, "driver")
+        options = self._options(item)
         if options is None:
             return
         driver = options.get("driver")
@@ -876,7 +919,7 @@ class _Planner:
         self._emit(item, options)
 
     def _do_object_(self, item: _Item) -> None:
-        options = self._options(item, "qom-type")
+        options = self._options(item)
         if options is None:
             return
         kind = options.get("qom-type")
@@ -906,7 +949,7 @@ class _Planner:
         self._emit(item, new)
 
     def _do_table(self, item: _Item) -> None:
-        options = self._options(item, "name" if item.option.name == "fw_cfg" else "")
+        options = self._options(item)
         if options is None:
             return
         files = {"file", "path"} | (
@@ -926,7 +969,7 @@ class _Planner:
         self._emit(item)
 
     def _do_audio(self, item: _Item) -> None:
-        options = self._options(item, "driver")
+        options = self._options(item)
         if options is None:
             return
         for key, value in options.pairs():
@@ -936,7 +979,7 @@ class _Planner:
         self._emit(item)
 
     def _do_run_with(self, item: _Item) -> None:
-        options = self._options(item, "")
+        options = self._options(item)
         if options is not None and (options.has("user") or options.has("chroot")):
             self._refuse(item, OPTIONS["runas"].details)
         if options is not None and options.has("exit-with-parent"):
@@ -974,7 +1017,7 @@ class _Planner:
         self._emit(item, self._disk_file(item, item.value))
 
     def _do_drive(self, item: _Item) -> None:
-        options = self._options(item, "")
+        options = self._options(item)
         if options is None:
             return
         self._check_drivers(item, options)
@@ -988,7 +1031,7 @@ class _Planner:
         self._emit(item, self._with_files(item, options))
 
     def _do_blockdev(self, item: _Item) -> None:
-        options = self._options(item, "driver")
+        options = self._options(item)
         if options is None:
             return
         self._check_drivers(item, options)
@@ -996,7 +1039,7 @@ class _Planner:
         for other in self._items:
             # The node that has this one's file as a node of its own.
             if below and other.option.name == "blockdev" and other is not item:
-                node = OptionString.parse(other.value, implied="driver")
+                node = _parsed(other)
                 if node.get("node-name") == below and self._is_overlaid(
                     node.get("filename")
                 ):
@@ -1026,6 +1069,7 @@ class _Planner:
                 continue
             driver = options.get(f"{prefix}.driver" if prefix else "driver")
             if driver not in _FILE_DRIVERS:
+                self._trust(item, f"{_show(key)}= of {_show(driver)} is not known")
                 continue
             new = self._disk_file(item, value)
             if new != value:
@@ -1084,7 +1128,7 @@ class _Planner:
     # -- handlers: network
 
     def _do_net(self, item: _Item) -> None:
-        options = self._options(item, "type")
+        options = self._options(item)
         if options is None:
             return
         kind = options.get("type")
@@ -1151,6 +1195,8 @@ class _Planner:
         ):
             if self._keep_endpoints:
                 place = OptionString.parse(rest, implied="a").with_("wait", value=False)
+                if kind == "unix" or place.has("logfile"):
+                    self._trust(item, _REPLACES)
                 self._emit(item, f"{mux}{kind}:{place}")
             else:
                 self._emit(item, f"{mux}unix:{self._server(item, name)}")
@@ -1162,13 +1208,13 @@ class _Planner:
         return f"{escape(self._socket(item, kind))},server=on,wait=off"
 
     def _do_mon(self, item: _Item) -> None:
-        if _is_control(item.value):
+        if _is_control(item):
             self._change(item, "left out; QMP is at the socket that --qmp names")
         else:
             self._emit(item)
 
     def _do_chardev(self, item: _Item) -> None:
-        options = self._options(item, "backend")
+        options = self._options(item)
         if options is None:
             return
         identity = options.get("id")
@@ -1181,6 +1227,8 @@ class _Planner:
                 self._check_property(item, key, options.get(key))
         if backend == "stdio" or (backend == "socket" and options.is_on("server")):
             if backend == "socket" and self._keep_endpoints:
+                if options.has("path"):
+                    self._trust(item, _REPLACES)
                 # Waiting for a client would keep QEMU from answering us.
                 options = options.with_("wait", value=False)
             else:
@@ -1208,7 +1256,7 @@ class _Planner:
         # What -nographic would put on stdio (QEMU's qemu_create_default_devices).
         names = {other.option.name for other in self._items}
         drivers = {
-            OptionString.parse(other.value, implied="driver").get("driver")
+            _parsed(other).get("driver")
             for other in self._items
             if other.option.name == "device"
         }
@@ -1217,10 +1265,15 @@ class _Planner:
         self.out += ["-serial", f"unix:{self._server(item, 'serial')}"]
 
     def _do_vnc(self, item: _Item) -> None:
-        if item.value == "none" or self._keep_endpoints:
+        if item.value == "none" or self._keeps_display(item, item.value):
             self._emit(item)
         else:
             self._emit(item, self._vnc(item, item.value))
+
+    def _keeps_display(self, item: _Item, address: str) -> bool:
+        if self._keep_endpoints and "unix" in address:
+            self._trust(item, _REPLACES)
+        return self._keep_endpoints
 
     def _vnc(self, item: _Item, value: str) -> str:
         options = OptionString.parse(value, implied="vnc")
@@ -1245,12 +1298,12 @@ class _Planner:
     def _do_display(self, item: _Item) -> None:
         kind, _, rest = item.value.partition("=")
         if kind == "vnc":
-            if rest == "none" or self._keep_endpoints:
+            if rest == "none" or self._keeps_display(item, rest):
                 self._emit(item)
             else:
                 self._emit(item, f"vnc={self._vnc(item, rest)}")
             return
-        options = self._options(item, "type")
+        options = self._options(item)
         if options is None:
             return
         kind = options.get("type")
@@ -1265,10 +1318,10 @@ class _Planner:
         self._emit(item)
 
     def _do_spice(self, item: _Item) -> None:
-        if self._keep_endpoints:
+        if self._keeps_display(item, item.value):
             self._emit(item)
             return
-        options = OptionString.parse(item.value)
+        options = _parsed(item)
         gone = [
             key
             for key, _ in options.pairs()
@@ -1294,15 +1347,22 @@ class _Planner:
         self._emit(item, options.with_("disable-ticketing", value=True))
 
 
-def _is_control(value: str) -> bool:
-    return OptionString.parse(value, implied="chardev").get("mode") == "control"
+def _parsed(item: _Item) -> OptionString:
+    """Parse an argument; the planner has refused the ones that cannot be."""
+    # A legacy description (`unix:PATH,server`) is not a property at all.
+    implied = _IMPLIED.get(item.option.name, "")
+    return OptionString.parse(item.value, implied=implied)
+
+
+def _is_control(item: _Item) -> bool:
+    return _parsed(item).get("mode") == "control"
 
 
 def _refers_to_file(item: _Item, node: str) -> bool:
     """Tell whether a -blockdev has a named node as its file."""
     if item.option.name != "blockdev" or not node:
         return False
-    return OptionString.parse(item.value, implied="driver").get("file") == node
+    return _parsed(item).get("file") == node
 
 
 # ---------------------------------------------------------------------- table

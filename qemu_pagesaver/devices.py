@@ -17,10 +17,11 @@ section's end is found by its footer, and the fields from there on are left out
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from qemu_pagesaver import errors
@@ -41,7 +42,6 @@ _FOOTER_BYTES = 5
 _MAX_DEPTH = 32
 # Python objects take some 20 times the space of their JSON text.
 _MAX_DESCRIPTION = 16 << 20
-# A structure with more zero-sized members than this is nobody's device.
 _RUN_STATE_BYTES = 32
 
 _INTEGER = re.compile(r"(u?)int(8|16|32|64)( equal| le)?")
@@ -444,7 +444,7 @@ def _describe(description: bytes) -> _Described:
     described: _Described = {}
     for device in _list(document, "devices"):
         name, instance = _get(device, "name", str), _get(device, "instance_id", int)
-        layout, size = _structure(device, 0, "")
+        layout, size = _structure(device, 0)
         kind = device.get("vmsd_name", "")
         key = (name, instance & 0xFFFFFFFF)
         described[key] = (kind if isinstance(kind, str) else "", layout, size)
@@ -472,7 +472,7 @@ def _count(where: dict[Any, Any], key: str) -> int:
 
 
 def _structure(
-    described: dict[Any, Any], depth: int, prefix: str
+    described: dict[Any, Any], depth: int
 ) -> tuple[tuple[_Layout, ...], int]:
     """Lay out fields, then sub-sections; returns them and their size."""
     if depth > _MAX_DEPTH:
@@ -480,9 +480,10 @@ def _structure(
     made: list[_Layout] = []
     at = 0
     for each in _list(described, "fields"):
-        layout = _field(each, at, depth, made, prefix)
+        layout = _field(each, at, depth)
         made.append(layout)
         at = layout.end
+    made = _numbered(made)
     if "subsections" in described:
         for sub in _list(described, "subsections"):
             name = _get(sub, "vmsd_name", str)
@@ -491,8 +492,11 @@ def _structure(
                 raise errors.Damaged("device description: a name is too long")
             marker = struct.pack(">BB", _SUBSECTION, len(encoded)) + encoded
             marker += struct.pack(">I", _count(sub, "version"))
-            members, size = _structure(sub, depth + 1, "")
-            members = tuple(_moved(member, len(marker)) for member in members)
+            members, size = _structure(sub, depth + 1)
+            members = tuple(
+                replace(member, offset=member.offset + len(marker))
+                for member in members
+            )
             layout = _Layout(
                 name=name,
                 type="subsection",
@@ -506,34 +510,35 @@ def _structure(
     return tuple(made), at
 
 
-def _moved(layout: _Layout, by: int) -> _Layout:
-    return _Layout(
-        name=layout.name,
-        type=layout.type,
-        offset=layout.offset + by,
-        size=layout.size,
-        count=layout.count,
-        first_index=layout.first_index,
-        members=layout.members,
-        marker=layout.marker,
-    )
+def _numbered(made: list[_Layout]) -> list[_Layout]:
+    """Number the elements of arrays that are described in several pieces.
+
+    QEMU makes names unique, so neighbours of one name are one array: its
+    elements one by one, or (9.2 on) runs of NULL and others. Of a piece of one
+    element, as the last always is from 9.2 on, the index is left out.
+    """
+    numbered: list[_Layout] = []
+    for _, group in itertools.groupby(made, key=lambda layout: layout.name):
+        pieces = list(group)
+        if len(pieces) == 1:
+            numbered += pieces
+            continue
+        index = 0
+        for piece in pieces:
+            numbered.append(replace(piece, first_index=index))
+            index += piece.count
+    return numbered
 
 
-def _field(
-    each: object, at: int, depth: int, before: list[_Layout], prefix: str
-) -> _Layout:
+def _field(each: object, at: int, depth: int) -> _Layout:
     """Lay out one field at ``at``."""
-    name = prefix + _get(each, "name", str)
+    name = _get(each, "name", str)
     kind = _get(each, "type", str)
     assert isinstance(each, dict)  # noqa: S101 - _get() has seen to it
     size = _count(each, "size")
     count, index = 1, None
     if "array_len" in each:
-        count = _count(each, "array_len")
-        # QEMU 9.2 on: an array with NULL elements comes in several runs.
-        index = 0
-        if before and before[-1].name == name and before[-1].first_index is not None:
-            index = before[-1].first_index + before[-1].count
+        count, index = _count(each, "array_len"), 0
     elif "index" in each:
         index = _count(each, "index")
     members: tuple[_Layout, ...] = ()
@@ -557,16 +562,7 @@ def _field(
 def _without_empty(members: tuple[_Layout, ...]) -> Iterator[_Layout]:
     for member in members:
         if member.size * member.count:
-            yield _Layout(
-                name=member.name,
-                type=member.type,
-                offset=member.offset,
-                size=member.size,
-                count=member.count,
-                first_index=member.first_index,
-                members=tuple(_without_empty(member.members)),
-                marker=member.marker,
-            )
+            yield replace(member, members=tuple(_without_empty(member.members)))
 
 
 def _members(
@@ -580,10 +576,10 @@ def _members(
     """
     sets = nested.get(_REPEATED)
     if kind not in ("qtailq", "qlist", "gtree"):
-        members, total = _structure(nested, depth, "")
+        members, total = _structure(nested, depth)
         return members if total == size else ()
     elements = [
-        _structure(each, depth, "")
+        _structure(each, depth)
         for each in (sets if isinstance(sets, list) else [nested])
         if "fields" in each
     ]

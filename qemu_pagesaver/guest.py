@@ -258,6 +258,10 @@ class Lifeline:
 # ------------------------------------------------------------------- guest
 
 
+# QEMU begins a complaint with its own name; hints on how to do better follow it.
+_COMPLAINT = re.compile(r"\S*qemu\S*: (?!warning: |info: )")
+
+
 class _Talk:
     """What a QEMU says on stderr: the last lines kept, all passed on."""
 
@@ -342,11 +346,9 @@ class Guest:
 
     @property
     def last_words(self) -> str:
-        """The last line that it said on stderr; empty if not known."""
-        if self._talk is None:
-            return ""
-        self._talk.read()
-        return self._talk.lines[-1] if self._talk.lines else ""
+        """The last complaint that it made on stderr; empty if not known."""
+        complaints = [line for line in self.said if _COMPLAINT.match(line)]
+        return (complaints or self.said or [""])[-1]
 
     @property
     def said(self) -> list[str]:

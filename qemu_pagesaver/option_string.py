@@ -57,7 +57,8 @@ class OptionString:
         """Parse an argument; ``implied`` is the key that the first item may lack.
 
         Raises:
-            ValueError: The argument begins like JSON and is none.
+            ValueError: The argument begins like JSON and is none, or a key has a
+                comma: QEMU's own parsers do not agree on what that is.
         """
         if text.startswith("{"):
             items = tuple(_flatten(_load(text)))
@@ -177,6 +178,8 @@ def _split(text: str) -> list[str]:
 
 def _parse_item(raw: str, implied: str) -> Item:
     key, equals, value = raw.partition("=")
+    if "," in key and not implied:
+        raise ValueError(f"a comma in the key {key!r}")
     if equals and "," not in key:
         return Item(key=key, value=value.replace(",,", ","), raw=raw)
     if implied:

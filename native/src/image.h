@@ -97,6 +97,34 @@ int ps_section_load(ps_image *image, ps_section *section, uint64_t first,
 int ps_section_bytes(ps_image *image, uint32_t type, uint64_t offset,
                      size_t length, const uint8_t **out, ps_error *err);
 
+/* A range of the file, to see that no two overlap. */
+typedef struct ps_part {
+    uint64_t offset;
+    uint64_t length;
+} ps_part;
+
+static inline int ps_part_order(const void *a, const void *b)
+{
+    const ps_part *x = a, *y = b;
+
+    return (x->offset > y->offset) - (x->offset < y->offset);
+}
+
+static inline bool ps_all_zero(const void *data, size_t length)
+{
+    const uint8_t *bytes = data;
+
+    return length == 0 ||
+           (bytes[0] == 0 && memcmp(bytes, bytes + 1, length - 1) == 0);
+}
+
+static inline size_t ps_chunk_length(const ps_section *section, uint64_t chunk)
+{
+    uint64_t left = section->length - (chunk << PS_CHUNK_BITS);
+
+    return left < PS_CHUNK_SIZE ? (size_t)left : PS_CHUNK_SIZE;
+}
+
 /* ---------------------------------------------------------- page entries */
 
 /* What ps_image_entry() does when the entry is not loaded yet. */

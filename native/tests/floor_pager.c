@@ -20,6 +20,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
@@ -101,17 +102,10 @@ static void load(const char *path)
         die(path);
     }
     memory_length = (uint64_t)st.st_size;
-    memory = malloc(memory_length + PAGE);
-    if (!memory) {
+    memory = mmap(NULL, memory_length, PROT_READ, MAP_PRIVATE | MAP_POPULATE,
+                  fd, 0);
+    if (memory == MAP_FAILED) {
         die(path);
-    }
-    for (uint64_t at = 0; at < memory_length;) {
-        ssize_t n = read(fd, memory + at, memory_length - at);
-
-        if (n <= 0) {
-            die(path);
-        }
-        at += (uint64_t)n;
     }
     close(fd);
 }

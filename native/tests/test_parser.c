@@ -549,7 +549,7 @@ static void test_page_refusals(void)
     for (size_t i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) {
         s = begin_ram();
         put_u64(&s, bad[i].flag);
-        refused(&s, PS_ERR_UNSUPPORTED, bad[i].name, s.length);
+        refused(&s, PS_ERR_UNSUPPORTED, bad[i].name, s.length - 8);
     }
     s = begin_ram();
     put_u64(&s, 0);
@@ -602,7 +602,7 @@ static void test_tail(void)
     put(&s, big, 65536);
     CHECK(parse_all(&s, &out, NULL, &err) == PS_OK);
     put_u8(&s, 0);
-    CHECK(parse_all(&s, &out, NULL, &err) == PS_ERR_TRUNCATED);
+    CHECK(parse_all(&s, &out, NULL, &err) == PS_ERR_DAMAGED);
     s.data[s.length - 1] = 'x';
     refused(&s, PS_ERR_TRUNCATED, "device state", 0);
     /* A JSON that looks like it holds another. */

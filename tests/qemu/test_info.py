@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,14 +35,17 @@ def saved(vm: Vm, directory: Path) -> Path:
     return directory / "psnap"
 
 
+def monitor(vm: Vm, line: str) -> str:
+    arguments: dict[str, Any] = {"command-line": line}
+    return str(vm.qmp.command("human-monitor-command", **arguments))
+
+
 @pytest.mark.parametrize("smp", [1, 2])
 def test_registers(qemu: Qemu, vms: Vms, disk_path: Path, smp: int) -> None:
     """Every CPU's registers are those that the monitor shows."""
     vm = vms.start(Vm(qemu, "busybox", smp=smp))
     vm.qmp.command("stop")
-    text = vm.qmp.command(
-        "human-monitor-command", **{"command-line": "info registers -a"}
-    )
+    text = monitor(vm, "info registers -a")
     told = [
         dict(re.findall(r"(\w+) ?= ?([0-9a-f]+)", cpu)) for cpu in text.split("CPU#")
     ]
@@ -93,7 +97,7 @@ def test_where_memory_is(
         Vm(newest_qemu, "pattern", machine=machine, memory=4608, paused=True)
     )
     # Not even started: the CMOS is written when the machine is made.
-    text = vm.qmp.command("human-monitor-command", **{"command-line": "info mtree -f"})
+    text = monitor(vm, "info mtree -f")
     with qemu_pagesaver.open(saved(vm, disk_path)) as snapshot:
         regions = [
             region

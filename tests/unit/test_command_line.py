@@ -173,10 +173,30 @@ def test_endpoints_stay_when_the_first_guest_has_gone() -> None:
             "port=1"]  # fmt: skip
     assert started(*argv, keep_endpoints=True) == argv
     # ..  but none may keep QEMU waiting for a client.
-    assert started("-serial", "unix:/s,server=on", keep_endpoints=True) == [
+    assert started("-serial", "tcp::9,server=on", keep_endpoints=True) == [
         "-serial",
-        "unix:/s,server=on,wait=off",
+        "tcp::9,server=on,wait=off",
     ]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["-serial", "unix:/home/x,server=on,wait=off"],
+        ["-chardev", "socket,id=c,path=/home/x,server=on,wait=off"],
+        ["-vnc", "unix:/home/x"],
+        ["-display", "vnc=unix:/home/x"],
+        ["-spice", "unix=on,addr=/home/x"],
+        ["-serial", "tcp::1,server=on,wait=off,logfile=/x"],
+    ],
+    ids=str,
+)
+def test_listening_sockets_that_stay_replace_files(argv: list[str]) -> None:
+    with pytest.raises(errors.NeedsTrust):
+        plan(*argv, keep_endpoints=True)
+    plan(*argv, keep_endpoints=True, trust=True)
+    if "logfile" not in argv[1]:
+        plan(*argv)
 
 
 def test_sockets_are_listed() -> None:
@@ -216,6 +236,10 @@ REFUSED = [
     ["-chroot", "/x"],
     ["-run-with", "user=nobody"],
     ["-blockdev", "{"],
+    # Not JSON to QEMU, which would see ",file=" in it.
+    ["-fw_cfg", '{"a":",file=/etc/shadow,x=","b":1}'],
+    ["-chardev", "null,id=c,mux,,logfile=/etc/passwd"],
+    ["-drive", "if=none,x,,file=/etc/shadow"],
     ["-object", f"secret,id=s,data={MARKER}"],
     ["-help"],
 ]
@@ -290,7 +314,9 @@ TRUSTED = [
     ["-display", "spice-app"],
     ["-audiodev", "wav,id=a,path=/etc/passwd"],
     ["-accel", "kvm,device=/dev/x"],
-    ["-machine", "q35,dumpdtb=/etc/passwd"],
+    ["-machine", "q35,dumpdtb=x"],
+    ["-machine", "q35,firmware=/etc/passwd"],
+    ["-drive", "driver=raw,filename=/etc/shadow"],
 ]
 
 

@@ -118,18 +118,28 @@ def test_elements_described_one_by_one() -> None:
 def test_null_elements_as_qemu_9_2_describes_them() -> None:
     state = State("pointers")
     state.fields += [
-        {"name": "p", "array_len": 2, "type": "nullptr", "size": 1},
+        {"name": "p", "type": "nullptr", "size": 1},
         {"name": "p", "array_len": 2, "type": "uint32", "size": 4},
+        {"name": "p", "array_len": 2, "type": "nullptr", "size": 1},
+        {"name": "p", "type": "uint32", "size": 4},
     ]
-    state.data = b"00" + struct.pack(">II", 5, 6)
+    state.data = b"0" + struct.pack(">II", 5, 6) + b"00" + struct.pack(">I", 7)
     device = one(state)
+    values = [None, 5, 6, None, None, 7]
     assert [(f.name, f.value) for f in device.fields()] == [
-        ("p[0]", None),
-        ("p[1]", None),
-        ("p[2]", 5),
-        ("p[3]", 6),
+        (f"p[{n}]", value) for n, value in enumerate(values)
     ]
-    assert device.field("p[3]").value == 6
+    assert [device.field(f"p[{n}]").value for n in range(6)] == values
+
+
+def test_qemu_9_2_leaves_out_the_last_index() -> None:
+    state = State("list")
+    for index in range(3):
+        inner = State("element").number("x", "uint8", index)
+        state.struct("e", inner, **({"index": index} if index < 2 else {}))
+    device = one(state)
+    assert [each.name for each in device.fields()] == ["e[0].x", "e[1].x", "e[2].x"]
+    assert device.field("e[2].x").value == 2
 
 
 def test_null_elements_as_older_qemu_describes_them() -> None:
