@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Capture: an outgoing migration of QEMU, read into the C core.
 
-A guest that is to go on is captured *live*: QEMU sends its memory while it runs,
-then stops it and sends what was written meanwhile, and the devices. So the guest
-waits for a part of its memory instead of all of it, and it is QEMU that stops it
-and lets it go on: if we are killed in the middle, our end of the socket closes,
-the migration fails and the guest runs on by itself. Where QEMU cannot be trusted
-to notice every write (see _tracks_writes), where the guest is not to go on, or where
-the caller wants the instant of the call, the guest is stopped first; if we are killed
-then, it stays paused and `cont` brings it on.
+A guest under KVM that is to go on is captured *live*: QEMU sends its memory while it
+runs, then stops it and sends what was written meanwhile, and the devices. So the
+guest waits for a part of its memory instead of all of it, and it is QEMU that stops
+it and lets it go on: if we are killed in the middle, our end of the socket closes,
+the migration fails and the guest runs on by itself. Any other guest is stopped
+first; if we are killed then, it stays paused, and `cont` brings it on.
 
 A capture ends in one of two ways:
 
@@ -50,7 +48,7 @@ from qemu_pagesaver.migration import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Awaitable, Callable
 
     from qemu_pagesaver.native import Saver, SaverStats
     from qemu_pagesaver.qmp import Events, Qmp
@@ -98,7 +96,7 @@ async def capture(
     *,
     running: bool,
     go_on: bool = True,
-    live: bool = True,
+    live: bool | None = None,
     at_standstill: Callable[[], Awaitable[None]] | None = None,
     report: Report,
 ) -> Pause:
@@ -110,7 +108,8 @@ async def capture(
         running: Whether the guest runs now.
         go_on: Whether it is to run on. If not, it is stopped first and stays
             stopped; `cont` would let it go on.
-        live: Whether memory may be sent while the guest runs.
+        live: Whether memory is sent while the guest still runs; None: if QEMU surely
+            notices every write.
         at_standstill: Called once, while the guest does not run; for its disks.
         report: Gets progress.
 
@@ -125,7 +124,9 @@ async def capture(
     # No command tells how a return path is closed; this parameter came with the
     # same release as "migration: Consolidate return path closing code".
     refuse = "avail-switchover-bandwidth" in found
-    live = live and running and go_on and await _tracks_writes(qmp, known)
+    if live is None:
+        live = await _tracks_writes(qmp)
+    live = live and running and go_on
     at_switchover = live and at_standstill is not None and _SWITCHOVER in known
     # Whatever changes the stream is off; what changes only when and how fast it
     # comes is off as well.
@@ -158,15 +159,15 @@ async def capture(
             session.close()
 
 
-async def _tracks_writes(qmp: Qmp, capabilities: Mapping[str, bool]) -> bool:
-    """Tell whether this QEMU misses no write of a guest that runs.
+async def _tracks_writes(qmp: Qmp) -> bool:
+    """Tell whether QEMU surely notices every write of a guest that runs.
 
-    TCG missed some before 9.0 ("physmem: Fix migration dirty bitmap coherency with
-    TCG memory access"): seen with 7.2 in every second save of a busy guest. Nothing
-    tells that either; mapped-ram came with 9.0.
+    KVM has it from the processor. TCG loses some. Before 9.0 many ("physmem: Fix
+    migration dirty bitmap coherency with TCG memory access"; with 7.2 every second
+    save of a busy guest was wrong). Since then few: notdirty_write() of
+    accel/tcg/cputlb.c looks at the dirty bit and then lets later writes pass; where
+    the bit is cleared in between, they go unseen.
     """
-    if "mapped-ram" in capabilities:
-        return True
     return bool((await qmp.execute("query-kvm"))["enabled"])
 
 

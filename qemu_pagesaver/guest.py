@@ -42,6 +42,7 @@ CONTROL_ID = "qemu-pagesaver-control"
 
 _START_TIMEOUT = 60.0
 _POLL = 0.002
+_LAST_INSTANT = 0.5
 _OOB_TIMEOUT = 10.0
 _TAIL_LINES = 20
 _END_TIMEOUT = 5.0
@@ -407,7 +408,7 @@ class Guest:
             await _end(self._process, self.watch)
         if self._process is not None and self._process.poll() is None:
             _LEFT_RUNNING.append(self._process)
-        elif self.directory is not None:
+        if self.directory is not None and self.watch.ended():
             shutil.rmtree(self.directory, ignore_errors=True)
         if self._talk is not None:
             self._talk.close()
@@ -500,7 +501,7 @@ async def start(
     )
     try:
         with opened:
-            await _wait_for_qmp(guest, socket_path)
+            await _wait_for_qmp(guest)
         yield guest
     finally:
         await to_the_end(guest.close())
@@ -529,34 +530,41 @@ def _spawn(argv: Sequence[str]) -> tuple[subprocess.Popen[bytes], int]:
     return process, reading
 
 
-async def _wait_for_qmp(guest: Guest, path: Path) -> None:
+async def _wait_for_qmp(guest: Guest) -> None:
+    """Connect as soon as QEMU listens; notice when it ends instead."""
     deadline = time.monotonic() + _START_TIMEOUT
-    while not path.exists():
-        if guest.watch.ended():
-            raise guest.died("when it started")
-        if time.monotonic() > deadline:
-            raise errors.QemuTimeout(
-                f"QEMU (pid {guest.pid}) opened no QMP socket within "
-                f"{_START_TIMEOUT:g} s"
-            )
-        await asyncio.sleep(_POLL)
-    ended = asyncio.create_task(guest.watch.wait())
-    connecting = asyncio.create_task(
-        guest.reconnect(max(1.0, deadline - time.monotonic()))
-    )
+    ended = asyncio.ensure_future(guest.watch.wait())
+    connecting = asyncio.ensure_future(_connect(guest, deadline))
     try:
         await asyncio.wait({ended, connecting}, return_when=asyncio.FIRST_COMPLETED)
         if connecting.done() and connecting.exception() is None:
             return
         # It may have closed the socket an instant before it ended.
-        await asyncio.to_thread(guest.watch.ended, 0.5)
-        if guest.watch.ended():
+        if await asyncio.to_thread(guest.watch.ended, _LAST_INSTANT):
             raise guest.died("when it started")
         await connecting
     finally:
         for task in (ended, connecting):
             task.cancel()
         await asyncio.gather(ended, connecting, return_exceptions=True)
+
+
+async def _connect(guest: Guest, deadline: float) -> None:
+    while True:
+        left = deadline - time.monotonic()
+        try:
+            # No greeting comes while QEMU builds its machine; that is in order.
+            await guest.reconnect(max(left, _POLL))
+        except errors.QmpUnreachable as error:
+            if left <= 0:
+                raise errors.QemuTimeout(
+                    f"QEMU (pid {guest.pid}) does not answer on its QMP socket after "
+                    f"{_START_TIMEOUT:g} s"
+                ) from error
+        else:
+            return
+        # Not there yet; or there, but nobody listens yet.
+        await asyncio.sleep(_POLL)
 
 
 @contextlib.asynccontextmanager

@@ -134,7 +134,7 @@ def save(
     spool_dir: str | os.PathLike[str] | None = None,
     pid: int | None = None,
     pages_per_block: int = DEFAULT_PAGES_PER_BLOCK,
-    live: bool = True,
+    live: bool | None = None,
     report: Report | None = None,
 ) -> SaveResult:
     """Synchronous :func:`save_async`."""
@@ -164,7 +164,7 @@ async def save_async(
     spool_dir: str | os.PathLike[str] | None = None,
     pid: int | None = None,
     pages_per_block: int = DEFAULT_PAGES_PER_BLOCK,
-    live: bool = True,
+    live: bool | None = None,
     report: Report | None = None,
 ) -> SaveResult:
     """Save the guest behind a QMP socket into a new snapshot file.
@@ -180,8 +180,9 @@ async def save_async(
             ``output``, or in /var/tmp where that is in memory.
         pid: QEMU's process, where a manager owns the socket.
         pages_per_block: Pages in a locality block, a power of two up to 512.
-        live: Whether memory may be sent while the guest still runs. The pause is
-            shorter; without it the snapshot is of the instant of the call.
+        live: Whether memory is sent while the guest still runs: the pause is shorter,
+            and the snapshot not of the instant of the call. None: where QEMU surely
+            notices every write (KVM); TCG loses one now and then.
         report: Follows the work.
 
     Raises:
@@ -423,7 +424,7 @@ async def _save(
     target: AtomicFile,
     *,
     quitting: bool,
-    live: bool,
+    live: bool | None,
     compression: str,
     started: float,
 ) -> SaveResult:

@@ -100,7 +100,13 @@ def _checked(key: str, value: Any, kind: str, name: str) -> Any:
     """Return a value of META if it has its field's type."""
     fits: bool
     if kind.startswith("tuple"):
-        inner = str if "[str" in kind else dict if "Mapping" in kind else object
+        inner = (
+            str
+            if kind.startswith("tuple[str")
+            else dict
+            if "Mapping" in kind
+            else object
+        )
         fits = isinstance(value, list) and all(isinstance(v, inner) for v in value)
         value = tuple(value) if fits else value
     elif kind.startswith("float"):

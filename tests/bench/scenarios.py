@@ -51,7 +51,6 @@ def restore_once(
     options = contender.vm_options(source)
     with Vm(qemus.get(), "redis", incoming=True, **options) as vm:
         vm.start()
-        vm.qmp.command("query-status")
         start = time.monotonic()
         cpu_before = vm.cpu_seconds()
         contender.begin(vm, source)
@@ -140,7 +139,6 @@ def load_all(source: Source, pairs: int) -> Table:
                 if name == "ours":
                     ours.prepare()
                 vm.start()
-                vm.qmp.command("query-status")
                 start = time.monotonic()
                 if name == "ours":
                     ours.begin(vm, source)
@@ -274,7 +272,6 @@ def _touch_once(contender: Contender, source: Source, table: Table) -> None:
     contender.prepare()
     with Vm(qemus.get(), "pattern", memory=source.memory, incoming=True) as vm:
         vm.start()
-        vm.qmp.command("query-status")
         contender.begin(vm, source)
         vm.qmp.event("RESUME", deadline=60)
         rate = vm.pattern.ticks_per_second()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 from collections.abc import Iterator
@@ -89,8 +90,6 @@ def test_pager_is_killed(restoring: Restoring, saved: Saved, runtime: Path) -> N
 
 def check_answer(restoring: Restoring) -> None:
     """The guest answers the check that it was at when its pager went."""
-    import re
-
     match = restoring.console.expect(re.compile(r"([^\n]*)\n"), 60.0)
     assert match[1].startswith("ok"), match[1]
 

@@ -143,6 +143,13 @@ def saved(vm: Vm, path: Path, **options: Any) -> SaveResult:
     return result
 
 
+@pytest.fixture(params=[True, False], ids=["live", "stopped"])
+def live(request: pytest.FixtureRequest, qemu: Qemu) -> bool:
+    if request.param and qemu.version == "7.2":
+        pytest.skip("TCG of this QEMU misses writes")
+    return bool(request.param)
+
+
 @pytest.fixture
 def spinning_vm(pattern_vm: Vm) -> Vm:
     fill(pattern_vm)
@@ -154,7 +161,6 @@ def spinning_vm(pattern_vm: Vm) -> Vm:
 # ------------------------------------------------------- the guest goes on
 
 
-@pytest.mark.parametrize("live", [True, False])
 def test_running_guest(spinning_vm: Vm, disk_path: Path, live: bool) -> None:
     vm = spinning_vm
     found = settings(vm)
@@ -209,14 +215,14 @@ def test_again_and_again(spinning_vm: Vm, disk_path: Path) -> None:
 
 
 def test_guest_that_writes_as_fast_as_it_can(
-    qemu: Qemu, vms: Vms, disk_path: Path
+    qemu: Qemu, vms: Vms, disk_path: Path, live: bool
 ) -> None:
-    """Live capture ends, whatever the guest does meanwhile."""
-    vm = vms.start(Vm(qemu, "pattern", memory=512, smp=1))
+    """A live capture ends, whatever the guest does meanwhile."""
+    vm = vms.start(Vm(qemu, "pattern", memory=512))
     fill(vm)
     spin = (4000, vm.pattern.pages() - 4000)
     vm.pattern.spin_on(*spin)
-    result = saved(vm, disk_path / "a.psnap", compression="none")
+    result = saved(vm, disk_path / "a.psnap", compression="none", live=live)
     runs_on(vm)
     with qemu_pagesaver.open(disk_path / "a.psnap") as snapshot:
         has_memory_by_formula(snapshot, spin=spin)
@@ -268,7 +274,6 @@ def test_quit(spinning_vm: Vm, disk_path: Path) -> None:
         assert b"running" in state.data
 
 
-@pytest.mark.parametrize("live", [True, False])
 def test_stock_qemu_runs_it(
     spinning_vm: Vm, vms: Vms, disk_path: Path, live: bool
 ) -> None:
@@ -327,7 +332,6 @@ def test_disks_need_a_choice(disk_vm: Vm, disk_path: Path) -> None:
         assert word in caught.value.hint
 
 
-@pytest.mark.parametrize("live", [True, False])
 def test_disks_overlay(disk_vm: Vm, disk_path: Path, live: bool) -> None:
     out = disk_path / "out"
     base = disk_of(disk_vm)
@@ -599,15 +603,38 @@ def test_signals(
 
 @pytest.mark.parametrize("stage", ["capture", "write"])
 def test_killed(big_vm: Vm, disk_path: Path, stage: str) -> None:
-    """Nobody is there to clean up: the guest goes on by itself, no file is left."""
+    """Nobody is there to clean up: no file is left, and no harm done."""
     files = sorted(disk_path.iterdir())
     process = started(big_vm, disk_path / "a.psnap", stage)
     process.kill()
     process.communicate()
-    wait_for(lambda: status(big_vm) == "running")
+    if stage == "capture":
+        wait_for(lambda: status(big_vm) in {"paused", "postmigrate"})
+        big_vm.qmp.command("cont")
     runs_on(big_vm)
     assert sorted(disk_path.iterdir()) == files
     saved(big_vm, disk_path / "b.psnap")
+
+
+LIVE_SAVE = """
+import sys, qemu_pagesaver
+qemu_pagesaver.save(sys.argv[1], sys.argv[2], live=True)
+"""
+
+
+def test_killed_while_live(big_vm: Vm, disk_path: Path) -> None:
+    """QEMU sees that its peer is gone, and the guest goes on by itself."""
+    for delay in (0.2, 0.35, 0.5, 0.65):
+        files = sorted(disk_path.iterdir())
+        process = subprocess.Popen(
+            [sys.executable, "-c", LIVE_SAVE, big_vm.qmp_path, disk_path / "a.psnap"]
+        )
+        time.sleep(delay)
+        process.kill()
+        process.wait()
+        wait_for(lambda: status(big_vm) == "running")
+        runs_on(big_vm)
+        assert sorted(disk_path.iterdir()) == files
 
 
 def test_json_document(spinning_vm: Vm, disk_path: Path) -> None:
@@ -697,7 +724,6 @@ def small_disk(disk_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(place)], check=True)
 
 
-@pytest.mark.parametrize("live", [True, False])
 def test_spool_is_full(
     big_vm: Vm, disk_path: Path, small_disk: Path, live: bool
 ) -> None:

@@ -71,6 +71,7 @@ class Restoring:
     ) -> None:
         reading, writing = os.pipe()
         self._events = os.fdopen(reading)
+        self._owns_guest = verb == "restore"
         self.running: dict[str, Any] | None = None
         self._console: PatternConsole | None = None
         line = ["--json", "--status-fd", str(writing), verb, *map(str, arguments)]
@@ -164,7 +165,7 @@ class Restoring:
         return document
 
     def kill_guest(self) -> None:
-        if self.running is not None:
+        if self.running is not None and self._owns_guest:
             kill(self.pid)
             self.running = None
 

@@ -174,6 +174,8 @@ class Vm:
                 start_new_session=True,
             )
         try:
+            if self.own_monitor:
+                self.qmp.command("query-status")  # QEMU listens now
             if not self.incoming and not self.paused:
                 console = self.console
                 self.qmp.command("cont")

@@ -132,7 +132,7 @@ def stream(
     machine: str = "pc-i440fx-7.2",
 ) -> bytes:
     """A whole stream: pages of each RAM block, in order; footers on."""
-    out = b"QEVM" + struct.pack(">I", 3) + configuration(machine)
+    out = bytearray(b"QEVM" + struct.pack(">I", 3) + configuration(machine))
     total = sum(len(pages) * PAGE for pages in blocks.values())
     out += b"\x01" + struct.pack(">I", 2) + counted("ram") + struct.pack(">II", 0, 4)
     out += struct.pack(">Q", total | 0x04)
@@ -153,4 +153,5 @@ def stream(
         devices = [("cpu", 0, cpu()), ("globalstate", 0, globalstate())]
     sections, description = device_sections(devices)
     out += sections + b"\0"
-    return out + b"\x06" + struct.pack(">I", len(description)) + description
+    out += b"\x06" + struct.pack(">I", len(description)) + description
+    return bytes(out)
