@@ -395,21 +395,30 @@ class _Session:
         # QEMU notices a closed connection even while it answers no command.
         with contextlib.suppress(OSError):
             self._ours.shutdown(socket.SHUT_RDWR)
-        with contextlib.suppress(errors.QemuError):
+        try:
+            await self._let_go()
+        except errors.QemuError as error:
             if not self._qmp.closed:
-                await self._qmp.execute("migrate_cancel", timeout=_COMMAND_DEADLINE)
-            state = await self._settled()
-            completed = self._running and state == "postmigrate"
-            if self._stopped_by_us or completed:
-                await self._qmp.execute("cont", timeout=_COMMAND_DEADLINE)
-            with contextlib.suppress(errors.QemuRefused):  # `migrate` took it
-                await self._qmp.execute(
-                    "closefd", {"fdname": self._name}, timeout=_COMMAND_DEADLINE
+                self._report.note(
+                    "the guest could not be brought back to how it was found "
+                    f"({error}); when QEMU answers again, `cont` lets it run"
                 )
         if self._drain is not None:
             await asyncio.wait({self._drain})
             with contextlib.suppress(Exception):
                 self._drain.result()
+
+    async def _let_go(self) -> None:
+        if self._qmp.closed:
+            return
+        await self._qmp.execute("migrate_cancel", timeout=_COMMAND_DEADLINE)
+        completed = await self._settled() == "postmigrate"
+        if self._stopped_by_us or (self._running and completed):
+            await self._qmp.execute("cont", timeout=_COMMAND_DEADLINE)
+        with contextlib.suppress(errors.QemuRefused):  # `migrate` took it
+            await self._qmp.execute(
+                "closefd", {"fdname": self._name}, timeout=_COMMAND_DEADLINE
+            )
 
     async def _settled(self) -> str:
         """Wait until QEMU has done with its migration; return the run state.

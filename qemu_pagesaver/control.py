@@ -11,7 +11,8 @@ pid that is used again is another guest)
   ``return`` or ``error``;
 
 and for each QEMU that we started a directory ``guest-TOKEN`` with the sockets that
-were put there, whose file ``owner`` has the key of the process it lives with.
+were put there. Its file ``owner`` has the key of the process it lives with, the file
+``starter`` that of the process that started it and was to bring the guest.
 
 A record whose guest has ended is stale; whoever finds it removes it. A record
 whose guest lives but whose lock is free belongs to a lost pager: ``recover``
@@ -27,6 +28,7 @@ import json
 import os
 import select
 import shutil
+import signal
 import socket
 import stat
 import tempfile
@@ -42,6 +44,8 @@ RUNTIME_VARIABLE = "QEMU_PAGESAVER_RUNTIME_DIR"
 _SUFFIXES = (".json", ".sock", ".lock")
 _GUEST_PREFIX = "guest-"
 _OWNER = "owner"
+_STARTER = "starter"
+_KILL_TIMEOUT = 5.0
 _MAX_REQUEST = 4096
 _MAX_ANSWER = 1 << 20
 _MAX_RECORD = 1 << 20
@@ -187,13 +191,16 @@ def list_guests() -> list[Running]:
             _remove_stale(record)
             continue
         found.append(Running(record=record, served=_is_locked(record.key)))
-    _remove_orphans()
+    _remove_orphans({item.record.key for item in found})
     return found
 
 
-def find_record(pid: int) -> Running | None:
-    """Return what is known about the guest of a QEMU process, if anything."""
-    return next((item for item in list_guests() if item.record.pid == pid), None)
+def find_record(pid: int, qmp: str = "") -> Running | None:
+    """Return what is known about the guest of a QEMU process, or of a QMP socket."""
+    every = list_guests()
+    by_pid = (item for item in every if item.record.pid == pid)
+    by_qmp = (item for item in every if item.record.qmp == qmp)
+    return next(by_pid, None) or next(by_qmp, None)
 
 
 def find_guest(guest: str | None) -> Running:
@@ -246,11 +253,11 @@ def _remove_stale(record: Record) -> None:
         (runtime_directory() / f"{record.key}{suffix}").unlink(missing_ok=True)
 
 
-def _remove_orphans() -> None:
+def _remove_orphans(known: set[str]) -> None:
     """Remove locks, sockets and directories of processes that have ended."""
     for path in runtime_directory().iterdir():
         if path.name.startswith(_GUEST_PREFIX):
-            _remove_orphaned_directory(path)
+            _remove_orphaned_directory(path, known)
         elif (
             path.suffix in (".lock", ".sock")
             and not _is_alive(path.stem)
@@ -267,16 +274,39 @@ def _is_alive(key: str) -> bool:
     return start_time(int(pid)) == int(started)
 
 
-def _remove_orphaned_directory(path: Path) -> None:
+def _remove_orphaned_directory(path: Path, known: set[str]) -> None:
     with contextlib.suppress(OSError):
-        if not _is_alive((path / _OWNER).read_text()):
+        owner = (path / _OWNER).read_text()
+        if _is_alive(owner) and owner not in known:
+            _end_abandoned(path, owner)
+        if not _is_alive(owner):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _end_abandoned(path: Path, owner: str) -> None:
+    """End a QEMU whose starter was killed before it could bring the guest.
+
+    From before the guest runs until it has everything there is a record, and
+    then the starter's mark goes. With the mark, and without a record and the
+    starter, the guest never ran: that QEMU would wait for ever.
+    """
+    starter = path / _STARTER
+    if not starter.exists() or _is_alive(starter.read_text()):
+        return
+    pid = int(owner.partition("-")[0])
+    with contextlib.suppress(errors.PagesaverError, ProcessLookupError):
+        with ProcessWatch(pid) as watch:
+            # Now that it is held it cannot become another process.
+            if _is_alive(owner):
+                os.kill(pid, signal.SIGKILL)
+                watch.ended(_KILL_TIMEOUT)
 
 
 def make_guest_directory() -> Path:
     """Make a private directory for the sockets of a QEMU to be started."""
     path = Path(tempfile.mkdtemp(prefix=_GUEST_PREFIX, dir=runtime_directory()))
     own_guest_directory(path, os.getpid())
+    (path / _STARTER).write_text(guest_key(os.getpid()))
     return path
 
 
@@ -287,7 +317,8 @@ def own_guest_directory(path: Path, pid: int) -> None:
 
 
 def tidy_guest_directory(path: Path) -> None:
-    """Remove a directory of a guest unless sockets are left in it."""
+    """Remove a directory of a guest that needs us no more; not its sockets."""
+    (path / _STARTER).unlink(missing_ok=True)
     with contextlib.suppress(FileNotFoundError):
         if [each.name for each in path.iterdir()] == [_OWNER]:
             shutil.rmtree(path)
@@ -639,6 +670,16 @@ async def set_background_async(guest: str | None, rate: int) -> dict[str, Any]:
 def set_background(guest: str | None, rate: int) -> dict[str, Any]:
     """Synchronous :func:`set_background_async`."""
     return asyncio.run(set_background_async(guest, rate))
+
+
+def absolute(path: str | os.PathLike[str]) -> str:
+    """Return a name that holds in any working directory; links stay as they are."""
+    return os.path.abspath(path)  # noqa: PTH100 - pathlib would keep `..`
+
+
+def real_path(path: str | os.PathLike[str]) -> str:
+    """Return the name that a file has without links."""
+    return os.path.realpath(path)
 
 
 def check_socket_path(path: str | os.PathLike[str]) -> None:

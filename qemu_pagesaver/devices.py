@@ -22,13 +22,14 @@ import json
 import re
 import struct
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from qemu_pagesaver import errors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+T = TypeVar("T")
 Value: TypeAlias = "int | bool | bytes | tuple[Value, ...] | None"
 
 _SECTION_FULL = 0x04
@@ -451,7 +452,7 @@ def _describe(description: bytes) -> _Described:
     return described
 
 
-def _get(where: object, key: str, kind: type[Any]) -> Any:
+def _get(where: object, key: str, kind: type[T]) -> T:
     value = where.get(key) if isinstance(where, dict) else None
     if not isinstance(value, kind) or isinstance(value, bool):
         raise errors.Damaged(f"device description: {key!r} is missing or wrong")
@@ -459,12 +460,11 @@ def _get(where: object, key: str, kind: type[Any]) -> Any:
 
 
 def _list(where: object, key: str) -> list[Any]:
-    found: list[Any] = _get(where, key, list)
-    return found
+    return _get(where, key, list)
 
 
 def _count(where: dict[Any, Any], key: str) -> int:
-    value: int = _get(where, key, int)
+    value = _get(where, key, int)
     # Nothing in a stream is longer than that, and sums stay small numbers.
     if not 0 <= value < 1 << 32:
         raise errors.Damaged(f"device description: {key!r} is out of range")

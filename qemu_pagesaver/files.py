@@ -44,6 +44,7 @@ class AtomicFile:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Open it, empty."""
         self.path = Path(path)
         self.fd = -1
         self._directory = -1
@@ -130,9 +131,11 @@ class AtomicFile:
                 os.close(fd)
 
     def __enter__(self) -> Self:
+        """Return itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Discard it, unless it is committed."""
         self.discard()
 
 

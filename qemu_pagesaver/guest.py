@@ -29,6 +29,7 @@ from typing import Any
 from qemu_pagesaver import errors
 from qemu_pagesaver.control import (
     ProcessWatch,
+    absolute,
     check_socket_path,
     own_guest_directory,
     tidy_guest_directory,
@@ -576,7 +577,7 @@ async def attach(path: str) -> AsyncIterator[Guest]:
     """
     qmp = await Qmp.connect(path)
     try:
-        guest = Guest(pid=qmp.peer_pid, qmp=qmp, qmp_path=os.path.abspath(path))  # noqa: PTH100 - a name, not resolved
+        guest = Guest(pid=qmp.peer_pid, qmp=qmp, qmp_path=absolute(path))
     except BaseException:
         await qmp.close()
         raise

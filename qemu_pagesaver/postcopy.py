@@ -39,8 +39,6 @@ PING_READY = 2
 
 _MAGIC = b"QEVM"
 _SECTION_START = b"\x01"
-_SUBSECTION = 0x05
-_CONFIGURATION = 0x07
 _COMMAND = b"\x08"
 _FOOTER = b"\x7e"
 _RAM_NAME = b"ram"
@@ -121,20 +119,17 @@ def without_capabilities(configuration: bytes) -> bytes:
     refuses names that it does not know. The list tells how the snapshot was
     made, not how it is delivered; without it all count as off, as ours are.
     """
-    if not configuration:
-        return b""
-    length = struct.unpack_from(">I", configuration, 1)[0]
-    at = 5 + length
-    kept = [configuration[:at]]
-    while at < len(configuration):
-        end = _subsection_end(configuration, at)
-        if end is None:
-            # Not known to us, so its length is not: all from here on is kept.
-            kept.append(configuration[at:])
-            break
-        if _subsection_name(configuration, at) != b"configuration/capabilities":
-            kept.append(configuration[at:end])
-        at = end
+    try:
+        at = 5 + struct.unpack_from(">I", configuration, 1)[0]
+        kept = [configuration[:at]]
+        while at < len(configuration):
+            end = _subsection_end(configuration, at)
+            if _subsection_name(configuration, at) != b"configuration/capabilities":
+                kept.append(configuration[at:end])
+            at = end
+    except (struct.error, LookupError):
+        # Not known to us, so neither is where it ends: QEMU shall judge it.
+        return configuration
     return b"".join(kept)
 
 
@@ -142,10 +137,12 @@ def _subsection_name(data: bytes, at: int) -> bytes:
     return data[at + 2 : at + 2 + data[at + 1]]
 
 
-def _subsection_end(data: bytes, at: int) -> int | None:
-    """Return where a sub-section of the configuration ends; None: not known."""
-    if data[at] != _SUBSECTION or at + 2 > len(data):
-        return None
+def _subsection_end(data: bytes, at: int) -> int:
+    """Return where a sub-section of the configuration ends.
+
+    Raises:
+        LookupError: It is not known.
+    """
     body = at + 2 + data[at + 1] + 4
     match _subsection_name(data, at):
         case b"configuration/target-page-bits":
@@ -156,11 +153,10 @@ def _subsection_end(data: bytes, at: int) -> int | None:
             (count,) = struct.unpack_from(">I", data, body)
             body += 4
             for _ in range(count):
-                if body >= len(data):
-                    return None
                 body += 1 + data[body]
-            return body
-    return None
+            if body <= len(data):
+                return body
+    raise LookupError
 
 
 def opening(

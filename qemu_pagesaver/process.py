@@ -78,14 +78,14 @@ def resident_bytes(pid: int) -> int | None:
 def _holds_socket(pid: int, path: str) -> bool | None:
     """Say whether a process has a unix socket of that name; None: unknown."""
     try:
-        # The name is as it was given to bind(): relative names match by the end.
-        name = os.path.basename(path)  # noqa: PTH119 - a string of /proc
         rows = [line.split(None, 7) for line in _lines("/proc/net/unix")[1:]]
-        inodes = {
-            row[6]
-            for row in rows
-            if len(row) == 8 and row[7].rpartition("/")[2] == name
-        }
+        names = {row[6]: row[7] for row in rows if len(row) == 8}
+        absolute = os.path.realpath(path)
+        inodes = {i for i, name in names.items() if os.path.realpath(name) == absolute}
+        if not inodes:
+            # The name is as it was given to bind(): perhaps relative to there.
+            name = os.path.basename(path)  # noqa: PTH119 - a string of /proc
+            inodes = {i for i, n in names.items() if n.rpartition("/")[2] == name}
         if not inodes:
             return None
         targets = {str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir()}

@@ -110,8 +110,11 @@ async def recover_async(
                 f"QMP socket {attach}: nobody listens there",
                 hint="Give the QMP socket of the guest; has QEMU ended?",
             )
+        # Where a manager has opened the QMP socket, pid is the manager's.
+        known = control.find_record(pid, control.absolute(attach))
+        pid = known.record.pid if known else pid
         with control.guest_lock(pid):
-            record = _checked_record(pid, snapshot, force=force)
+            record = _checked_record(known, pid, snapshot, force=force)
             async with _find(attach, pid, record) as guest:
                 return await _recover(
                     snapshot,
@@ -141,14 +144,13 @@ def _check_copy(file: str | os.PathLike[str], copy: Snapshot) -> None:
 
 
 def _checked_record(
-    pid: int, snapshot: Snapshot, *, force: bool
+    known: control.Running | None, pid: int, snapshot: Snapshot, *, force: bool
 ) -> control.Record | None:
     """Return what the lost pager wrote down, if it fits.
 
     Raises:
         MachineMismatch: The guest was restored from another snapshot.
     """
-    known = control.find_record(pid)
     if known is None:
         if force:
             return None
@@ -180,7 +182,7 @@ async def _find(
     guest = Guest(
         pid=pid,
         qmp=None,
-        qmp_path=os.path.abspath(path),  # noqa: PTH100 - a name, not resolved
+        qmp_path=control.absolute(path),
         directory=directory,
         lifeline=None if directory is None else Lifeline.in_directory(directory),
     )
@@ -223,11 +225,11 @@ async def _recover(
                 pid=guest.pid,
                 started=control.start_time(guest.pid) or 0,
                 name=record.name if record else snapshot.path.stem,
-                snapshot=os.path.realpath(snapshot.path),
+                snapshot=control.real_path(snapshot.path),
                 uuid=snapshot.uuid,
                 pager=os.getpid(),
                 since=time.time(),
-                qmp=record.qmp if record else os.path.abspath(attach),  # noqa: PTH100
+                qmp=record.qmp if record else control.absolute(attach),
                 control=guest.qmp_path,
                 preempt=preempt,
                 page_sizes=page_sizes,

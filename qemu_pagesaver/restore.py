@@ -18,8 +18,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +60,8 @@ __all__ = [
 
 _SNAPSHOT_SUFFIX = ".psnap"
 _QMP = "qmp"
+_SOCKET_FREE_TIMEOUT = 1.0
+_SOCKET_FREE_POLL = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,12 +204,12 @@ async def _restore(
                 answered = time.monotonic()
                 with contextlib.ExitStack() as stack:
                     return await _bring_up(
-                        snapshot,
-                        package,
                         guest,
-                        target,
-                        options,
-                        report,
+                        snapshot,
+                        package=package,
+                        target=target,
+                        options=options,
+                        report=report,
                         started=started,
                         answered=answered,
                         measured=measured,
@@ -261,11 +263,8 @@ async def _guest(
         return
     if not guest_state.userfaultfd_allowed():
         raise errors.UserfaultfdForbidden("this user may not use userfaultfd")
-    if target.qmp is not None and guest_state.listens(target.qmp):
-        raise errors.TargetExists(
-            f"QMP socket {target.qmp}: a process listens there already",
-            hint="Name another socket, or end the QEMU that has it.",
-        )
+    if target.qmp is not None:
+        await _require_free(target.qmp)
     _note_room(snapshot, report)
     directory = control.make_guest_directory()
     overlays: dict[str, str] = {}
@@ -282,6 +281,24 @@ async def _guest(
         if not ran:
             shutil.rmtree(directory, ignore_errors=True)
             _remove(overlays)
+
+
+async def _require_free(path: str) -> None:
+    """Refuse a QMP socket on which somebody listens, unless he is just ending.
+
+    Raises:
+        TargetExists: Somebody does.
+    """
+    # Ends a QEMU that a killed restore has left behind before its guest ran.
+    control.list_guests()
+    deadline = time.monotonic() + _SOCKET_FREE_TIMEOUT
+    while guest_state.listens(path):
+        if time.monotonic() > deadline:
+            raise errors.TargetExists(
+                f"QMP socket {path}: a process listens there already",
+                hint="Name another socket, or end the QEMU that has it.",
+            )
+        await asyncio.sleep(_SOCKET_FREE_POLL)
 
 
 def _remove(files: Mapping[str, str]) -> None:
@@ -438,13 +455,13 @@ def _given_command(args: Sequence[str], qmp: str, *, paused: bool) -> list[str]:
 
 
 async def _bring_up(
-    snapshot: Snapshot,
-    package: bytes,
     guest: Guest,
+    snapshot: Snapshot,
+    *,
+    package: bytes,
     target: Target,
     options: Delivery,
     report: Report,
-    *,
     started: float,
     answered: float,
     measured: asyncio.Future[bool],
@@ -469,7 +486,7 @@ async def _bring_up(
             pid=guest.pid,
             started=int(key.partition("-")[2]),
             name=_name(snapshot, target),
-            snapshot=os.path.realpath(snapshot.path),
+            snapshot=control.real_path(snapshot.path),
             uuid=snapshot.uuid,
             pager=os.getpid(),
             since=time.time(),
@@ -578,7 +595,7 @@ async def _open(
 def _user_qmp(target: Target, guest: Guest) -> str:
     """Return the QMP socket that is the user's."""
     if guest.directory is None or target.qmp is not None:
-        return os.path.abspath(target.attach or target.qmp or "")  # noqa: PTH100
+        return control.absolute(target.attach or target.qmp or "")
     return str(guest.directory / _QMP)
 
 
@@ -636,10 +653,10 @@ def restore_detached(
     """
     report = report or Silent()
     order = {
-        "file": os.path.abspath(file),  # noqa: PTH100 - a name, not resolved
+        "file": control.absolute(file),
         "target": _absolute(target),
         "options": asdict(options),
-        "status-file": None if status_file is None else os.path.abspath(status_file),  # noqa: PTH100
+        "status-file": None if status_file is None else control.absolute(status_file),
     }
     reading, writing = os.pipe2(os.O_CLOEXEC)
     code = "from qemu_pagesaver.restore import _detached; _detached()"
@@ -673,18 +690,16 @@ def restore_detached(
 
 def _absolute(target: Target) -> dict[str, Any]:
     """Return a target for a process with another working directory."""
-    names = ("attach", "qmp", "disk_dir", "socket_dir")
-    given = {name: getattr(target, name) for name in names}
-    made = replace(
-        target,
-        **{name: os.path.abspath(path) for name, path in given.items() if path},  # noqa: PTH100
-    )
-    if made.qemu and "/" in made.qemu:
-        made = replace(made, qemu=os.path.abspath(made.qemu))  # noqa: PTH100
-    return asdict(made)
+    document = asdict(target)
+    for name in ("attach", "qmp", "disk_dir", "socket_dir"):
+        if document[name]:
+            document[name] = control.absolute(document[name])
+    if target.qemu and "/" in target.qemu:
+        document["qemu"] = control.absolute(target.qemu)
+    return document
 
 
-def _follow_child(events: Any, pid: int, report: Report) -> Detached:
+def _follow_child(events: Iterable[bytes], pid: int, report: Report) -> Detached:
     for line in events:
         document = json.loads(line)
         name = document.pop("event")

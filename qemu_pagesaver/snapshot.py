@@ -96,7 +96,7 @@ class Meta:
         return json.dumps(document, default=dict).encode()
 
 
-def _checked(key: str, value: Any, kind: str, name: str) -> Any:
+def _checked(key: str, value: object, kind: str, name: str) -> object:
     """Return a value of META if it has its field's type."""
     fits: bool
     if kind.startswith("tuple"):
@@ -108,7 +108,7 @@ def _checked(key: str, value: Any, kind: str, name: str) -> Any:
             else object
         )
         fits = isinstance(value, list) and all(isinstance(v, inner) for v in value)
-        value = tuple(value) if fits else value
+        value = tuple(value) if isinstance(value, list) else value
     elif kind.startswith("float"):
         fits = isinstance(value, (int, float)) and not isinstance(value, bool)
     else:
@@ -129,6 +129,7 @@ class Snapshot:
     """
 
     def __init__(self, fd: int, *, path: Path) -> None:
+        """Take a descriptor over; it is closed with the snapshot."""
         self.path = path
         self.fd = fd
         self.image = Image(fd, name=str(path))
@@ -196,9 +197,11 @@ class Snapshot:
             self.fd = -1
 
     def __enter__(self) -> Self:
+        """Return itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Close it."""
         self.close()
 
 

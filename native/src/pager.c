@@ -1505,27 +1505,34 @@ static int look_for_requests(ps_pager *pager, bool *mine, ps_error *err)
     return PS_OK;
 }
 
+/* Is there anything that could be sent unasked? Costs no system call. */
+static bool something_to_send(ps_pager *pager)
+{
+    if (get_state(pager) >= PS_PAGER_CLOSING || cancelled(pager)) {
+        return false;
+    }
+    return pager->window_count > 0 || background_due(pager);
+}
+
 /* Nobody waits for a page. *more: something was sent or will be found. */
 static int send_unasked(ps_pager *pager, bool *more, ps_error *err)
 {
     struct background *background = &pager->background;
     uint64_t pages;
-    int r = look_for_requests(pager, more, err);
+    int r;
 
-    if (r || *more || cancelled(pager)) {
-        return r;
-    }
-    if (get_state(pager) == PS_PAGER_CLOSING ||
-        get_state(pager) == PS_PAGER_DONE) {
+    *more = false;
+    if (!something_to_send(pager)) {
         return PS_OK;
+    }
+    r = look_for_requests(pager, more, err);
+    if (r || *more || !something_to_send(pager)) {
+        return r;
     }
     if (pager->window_count > 0) {
         pages = room(pager);
         *more = pages > 0;
         return pages ? send_prefetch(pager, pages, err) : PS_OK;
-    }
-    if (!background_due(pager)) {
-        return PS_OK;
     }
     if (background->phase == PHASE_DONE) {
         send_end(pager);

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from qemu_pagesaver.cli.delivery import rows
 from qemu_pagesaver.cli.output import properties
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, out: Output) -> int:
     """Finish it, and print the restore's result."""
     from qemu_pagesaver import control  # noqa: PLC0415 - --help needs no asyncio
-    from qemu_pagesaver.cli.restore import rows  # noqa: PLC0415
 
     document = control.finish(args.guest, out)
     out.result(document, properties(rows(document)))

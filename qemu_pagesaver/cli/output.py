@@ -118,6 +118,7 @@ class Output:
     """
 
     def __init__(self, *, json: bool = False) -> None:
+        """Begin without progress and events; see :meth:`configure`."""
         self.json = json
         self.verbosity = 0
         self._show_progress = False

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from qemu_pagesaver.cli.restore import add_delivery, delivery, finish
+from qemu_pagesaver.cli.delivery import add_delivery, finish, options
 
 if TYPE_CHECKING:
     from qemu_pagesaver.cli.output import Output
@@ -56,6 +56,6 @@ def run(args: argparse.Namespace, out: Output) -> int:
         force=args.force,
         socket_dir=args.socket_dir,
         report=out,
-        **delivery(args),
+        **options(args),
     )
     return finish(result, out)

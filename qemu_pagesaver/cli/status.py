@@ -7,6 +7,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from qemu_pagesaver import errors
+from qemu_pagesaver.cli.delivery import counts
 from qemu_pagesaver.cli.output import properties, size, table
 
 if TYPE_CHECKING:
@@ -73,8 +74,6 @@ def _line(guest: Mapping[str, Any]) -> tuple[object, ...]:
 
 
 def _rows(guest: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
-    from qemu_pagesaver.cli.restore import counts  # noqa: PLC0415
-
     yield "guest", guest["guest"]
     yield "pid", guest["pid"]
     yield "pager", guest["pager-pid"] or "gone"

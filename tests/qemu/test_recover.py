@@ -131,7 +131,7 @@ def test_attached_guest(
 
 
 def test_a_guest_that_holds_up_its_qemu(
-    saved: Saved, runtime: Path, disk_path: Path, restoring: Restoring
+    saved: Saved, runtime: Path, restoring: Restoring
 ) -> None:
     """QEMU's main loop itself waits for a page: no new QMP connection works."""
     kill_pager(restoring)
@@ -225,9 +225,7 @@ def test_nothing_to_recover(saved: Saved, runtime: Path, vms: Vms) -> None:
     assert found.returncode == 20
 
 
-def test_without_a_record(
-    restoring: Restoring, saved: Saved, runtime: Path
-) -> None:
+def test_without_a_record(restoring: Restoring, saved: Saved, runtime: Path) -> None:
     kill_pager(restoring)
     for file in runtime.glob("*.json"):
         file.unlink()

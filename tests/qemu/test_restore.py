@@ -10,9 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -71,13 +70,17 @@ def start(saved: Saved, runtime: Path, disk_path: Path) -> Iterator[Start]:
     """Starts a restore of the snapshot in its own QEMU."""
     started: list[Restoring] = []
 
-    def make(*options: str, file: Path | None = None, **more: Any) -> Restoring:
-        which = [] if more.get("command") else ["--qemu", saved.qemu.system]
+    def make(
+        *options: str, file: Path | None = None, command: Sequence[str] = ()
+    ) -> Restoring:
+        which = [] if command else ["--qemu", str(saved.qemu.system)]
         made = Restoring(
             "restore",
-            *(file or saved.running, "--qmp", disk_path / "q", *which, *options),
+            *(file or saved.running, "--qmp", disk_path / "q"),
+            *which,
+            *options,
             runtime=runtime,
-            **more,
+            command=command,
         )
         started.append(made)
         return made
@@ -89,7 +92,9 @@ def start(saved: Saved, runtime: Path, disk_path: Path) -> Iterator[Start]:
 
 def left(runtime: Path) -> list[str]:
     """What is left in the run-time directory, but for what the guest needs."""
-    return [each.name for each in runtime.iterdir() if not each.name.startswith("guest")]
+    return [
+        each.name for each in runtime.iterdir() if not each.name.startswith("guest")
+    ]
 
 
 def test_it_is_the_same_guest(start: Start, runtime: Path) -> None:
@@ -117,7 +122,7 @@ def test_it_is_the_same_guest(start: Start, runtime: Path) -> None:
         ("--preempt", "on"),
         ("--background", "off", "--preempt", "on"),
     ],
-    ids=lambda options: " ".join(options),
+    ids=" ".join,
 )
 def test_on_demand(start: Start, runtime: Path, options: tuple[str, ...]) -> None:
     restoring = start(*options).wait_running()
@@ -195,9 +200,7 @@ def test_attach_paused(saved: Saved, runtime: Path, vms: Vms) -> None:
     check(vm.pattern)
 
 
-def test_attach_to_a_guest_that_runs(
-    saved: Saved, runtime: Path, vms: Vms
-) -> None:
+def test_attach_to_a_guest_that_runs(saved: Saved, runtime: Path, vms: Vms) -> None:
     vm = vms.start(Vm(saved.qemu, "pattern"))
     found = cli("restore", saved.running, "--attach", vm.qmp_path, runtime=runtime)
     assert found.returncode == 50
@@ -205,9 +208,7 @@ def test_attach_to_a_guest_that_runs(
     assert vm.qmp.command("query-status")["status"] == "running"
 
 
-def test_wrong_memory_size(
-    saved: Saved, runtime: Path, vms: Vms
-) -> None:
+def test_wrong_memory_size(saved: Saved, runtime: Path, vms: Vms) -> None:
     vm = vms.start(Vm(saved.qemu, "pattern", incoming=True, memory=256))
     attach = ("restore", saved.running, "--attach", vm.qmp_path)
     found = cli(*attach, runtime=runtime)
@@ -221,9 +222,7 @@ def test_wrong_memory_size(
 
 def test_wrong_machine(saved: Saved, runtime: Path, vms: Vms) -> None:
     vm = vms.start(Vm(saved.qemu, "pattern", incoming=True, machine="q35"))
-    found = cli(
-        "restore", saved.running, "--attach", vm.qmp_path, runtime=runtime
-    )
+    found = cli("restore", saved.running, "--attach", vm.qmp_path, runtime=runtime)
     assert found.returncode == 40
     assert "i440fx" in found.stderr
     assert vm.alive
@@ -236,9 +235,7 @@ def test_unknown_machine(start: Start, saved: Saved) -> None:
     assert "unsupported machine type" in document["message"].lower()
 
 
-def test_qemu_that_does_not_start(
-    start: Start, saved: Saved, runtime: Path
-) -> None:
+def test_qemu_that_does_not_start(start: Start, saved: Saved, runtime: Path) -> None:
     command = [str(saved.qemu.system), "-no-such-option"]
     code, document, err = start(command=command).end()
     assert (code, document["error"]) == (22, "qemu-died"), err
@@ -246,9 +243,7 @@ def test_qemu_that_does_not_start(
     assert list(runtime.iterdir()) == []
 
 
-def test_command_line_of_ones_own(
-    start: Start, saved: Saved, disk_path: Path
-) -> None:
+def test_command_line_of_ones_own(start: Start, saved: Saved, disk_path: Path) -> None:
     serial = disk_path / "serial"
     command = [
         *(str(saved.qemu.system), "-machine", "pc", "-accel", "tcg", "-nodefaults"),
@@ -263,7 +258,7 @@ def test_command_line_of_ones_own(
     check(restoring.console)
 
 
-def test_detach(start: Start, saved: Saved, runtime: Path, disk_path: Path) -> None:
+def test_detach(saved: Saved, runtime: Path, disk_path: Path) -> None:
     status_file = disk_path / "status.json"
     found = cli(
         *("--json", "restore", saved.running, "--qmp", disk_path / "q"),
@@ -306,7 +301,7 @@ def test_qemu_ends_before_all_is_loaded(start: Start, runtime: Path) -> None:
     assert list(runtime.iterdir()) == []
 
 
-def test_qemu_is_killed(start: Start, runtime: Path, disk_path: Path) -> None:
+def test_qemu_is_killed(start: Start, runtime: Path) -> None:
     restoring = start("--background", "off").wait_running()
     kill(restoring.pid)
     code, document, err = restoring.end()
@@ -320,13 +315,13 @@ def test_interrupt_loads_the_rest(start: Start) -> None:
     restoring.event("progress")
     restoring.signal(signal.SIGINT)
     code, document, err = restoring.end()
-    assert (code, document["complete"], document["interrupted"]) == (130, True, True), err
+    assert (code, document["complete"], document["interrupted"]) == (130, True, True), (
+        err
+    )
     check(restoring.console)
 
 
-def test_interrupt_before_it_runs(
-    start: Start, saved: Saved, runtime: Path, disk_path: Path
-) -> None:
+def test_interrupt_before_it_runs(start: Start, runtime: Path, disk_path: Path) -> None:
     # A QEMU that never answers: it is ended, and nothing stays.
     script = disk_path / "qemu-system-slow"
     script.write_text("#!/bin/sh\nexec sleep 600\n")
@@ -348,18 +343,14 @@ def test_interrupt_before_it_runs(
     assert found.stdout == b""
 
 
-def test_qmp_socket_in_use(
-    saved: Saved, runtime: Path, vms: Vms
-) -> None:
+def test_qmp_socket_in_use(saved: Saved, runtime: Path, vms: Vms) -> None:
     vm = vms.start(Vm(saved.qemu, "pattern"))
     found = cli("restore", saved.running, "--qmp", vm.qmp_path, runtime=runtime)
     assert found.returncode == 32
     assert vm.alive
 
 
-def test_no_userfaultfd(
-    saved: Saved, runtime: Path, disk_path: Path
-) -> None:
+def test_no_userfaultfd(runtime: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("needs root to become somebody else")
     if Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() != "0":
@@ -373,9 +364,7 @@ def test_no_userfaultfd(
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_save_finishes_first(
-    start: Start, saved: Saved, runtime: Path, disk_path: Path
-) -> None:
+def test_save_finishes_first(start: Start, runtime: Path, disk_path: Path) -> None:
     restoring = start("--background", "off").wait_running()
     again = disk_path / "again.psnap"
     found = cli(
@@ -405,3 +394,36 @@ def test_library(saved: Saved, runtime: Path, disk_path: Path) -> None:
         del os.environ["QEMU_PAGESAVER_RUNTIME_DIR"]
         if before is not None:
             os.environ["QEMU_PAGESAVER_RUNTIME_DIR"] = before
+
+
+def test_killed_before_the_guest_runs(start: Start, runtime: Path) -> None:
+    """Whenever that is, the same command works again, and nothing is left."""
+    for wait in (0.0, 0.02, 0.05, 0.1, 0.15, 0.2):
+        restoring = start("--background", "off")
+        restoring.event("started")
+        time.sleep(wait)
+        restoring.process.kill()
+        restoring.process.wait()
+        for record in runtime.glob("*.json"):
+            # It was too late: this guest may have run.
+            kill(int(record.stem.partition("-")[0]))
+    restoring = start().wait_running()
+    restoring.finish()
+    check(restoring.console)
+    restoring.kill_guest()
+    assert cli("status", runtime=runtime).returncode == 0
+    assert list(runtime.iterdir()) == []
+    assert qemus_in(runtime) == []
+
+
+def qemus_in(runtime: Path) -> list[int]:
+    """QEMUs whose sockets are in this run-time directory."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (process / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if f"path={runtime}/".encode() in line and is_alive(int(process.name)):
+            found.append(int(process.name))
+    return found

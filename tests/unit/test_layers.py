@@ -25,6 +25,7 @@ LAYERS = (
     {"compare", "delivery", "host_validate"},
     {"save", "restore", "recover"},
     {"cli.output"},
+    {"cli.delivery"},
     {
         *("cli.save", "cli.restore", "cli.recover", "cli.status", "cli.finish"),
         *("cli.info", "cli.check", "cli.compare", "cli.map", "cli.convert"),
