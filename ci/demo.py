@@ -125,7 +125,8 @@ def run(directory: Path) -> None:
     say("The same guest both times: nonce, boot id and every key looked at are right")
     print(
         f"   saved: {saved['pages']}, guest stopped for {saved['downtime']:.2f} s\n\n"
-        f"{'':16}{'running':>10}{'answers':>10}{'QEMU then':>12}{'file':>10}  pages sent"
+        f"{'':16}{'running':>10}{'answers':>10}{'QEMU then':>12}{'file':>10}"
+        "  pages sent"
     )
     for name, running, replied, memory, sent, file in rows:
         size = file.stat().st_size / 2**20

@@ -58,7 +58,7 @@ class QmpLike(Protocol):
 
     async def execute(
         self, command: str, arguments: Mapping[str, object] | None = None
-    ) -> Any:  # noqa: ANN401 - whatever JSON has
+    ) -> Any:
         """Execute a command and return its value."""
 
 

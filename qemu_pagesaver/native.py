@@ -369,9 +369,7 @@ class Parser:
         event = ffi.new("ps_event *")
         error = _new_error()
         while True:
-            _check(
-                lib.ps_parser_finish(self._parser, event, error), error, self._name
-            )
+            _check(lib.ps_parser_finish(self._parser, event, error), error, self._name)
             yield self._event(event)
             if event.type == lib.PS_EVENT_END:
                 return
@@ -720,9 +718,7 @@ class Pager:
             item.length = length
         out = ffi.new("ps_pager **")
         error = _new_error()
-        code = lib.ps_pager_create(
-            image._image, given, array, len(blocks), out, error
-        )
+        code = lib.ps_pager_create(image._image, given, array, len(blocks), out, error)
         _check(code, error, name)
         self._pager = ffi.gc(out[0], lib.ps_pager_destroy)
 

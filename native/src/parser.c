@@ -51,31 +51,31 @@ static const struct {
     bool postcopy; /* the memory is not, or not yet, in the stream */
     int32_t length;
 } commands[] = {
-    [0] = { NULL, false, 0 },
-    [MIG_CMD_OPEN_RETURN_PATH] = { "OPEN_RETURN_PATH", false, 0 },
-    [MIG_CMD_PING] = { "PING", false, 4 },
-    [MIG_CMD_POSTCOPY_ADVISE] = { "POSTCOPY_ADVISE", false, -1 },
-    [MIG_CMD_POSTCOPY_LISTEN] = { "POSTCOPY_LISTEN", true, -1 },
-    [MIG_CMD_POSTCOPY_RUN] = { "POSTCOPY_RUN", true, -1 },
-    [MIG_CMD_POSTCOPY_RAM_DISCARD] = { "POSTCOPY_RAM_DISCARD", true, -1 },
-    [MIG_CMD_PACKAGED] = { "PACKAGED", true, -1 },
-    [MIG_CMD_ENABLE_COLO] = { "ENABLE_COLO", true, -1 },
-    [MIG_CMD_POSTCOPY_RESUME] = { "POSTCOPY_RESUME", true, -1 },
-    [MIG_CMD_RECV_BITMAP] = { "RECV_BITMAP", true, -1 },
-    [MIG_CMD_SWITCHOVER_START] = { "SWITCHOVER_START", false, 0 },
+    [0] = {NULL, false, 0},
+    [MIG_CMD_OPEN_RETURN_PATH] = {"OPEN_RETURN_PATH", false, 0},
+    [MIG_CMD_PING] = {"PING", false, 4},
+    [MIG_CMD_POSTCOPY_ADVISE] = {"POSTCOPY_ADVISE", false, -1},
+    [MIG_CMD_POSTCOPY_LISTEN] = {"POSTCOPY_LISTEN", true, -1},
+    [MIG_CMD_POSTCOPY_RUN] = {"POSTCOPY_RUN", true, -1},
+    [MIG_CMD_POSTCOPY_RAM_DISCARD] = {"POSTCOPY_RAM_DISCARD", true, -1},
+    [MIG_CMD_PACKAGED] = {"PACKAGED", true, -1},
+    [MIG_CMD_ENABLE_COLO] = {"ENABLE_COLO", true, -1},
+    [MIG_CMD_POSTCOPY_RESUME] = {"POSTCOPY_RESUME", true, -1},
+    [MIG_CMD_RECV_BITMAP] = {"RECV_BITMAP", true, -1},
+    [MIG_CMD_SWITCHOVER_START] = {"SWITCHOVER_START", false, 0},
 };
 
 /* Capabilities that leave the stream as it is. Those that change it, and
    those that we do not know, are refused by name. */
 static const char *const harmless_capabilities[] = {
-    "auto-converge",    "block",
-    "dirty-bitmaps",    "dirty-limit",
-    "events",           "late-block-activate",
-    "postcopy-ram",     "background-snapshot",
-    "release-ram",      "pause-before-switchover",
-    "return-path",      "postcopy-blocktime",
-    "switchover-ack",   "postcopy-preempt",
-    "validate-uuid",    "x-ignore-shared",
+    "auto-converge",  "block",
+    "dirty-bitmaps",  "dirty-limit",
+    "events",         "late-block-activate",
+    "postcopy-ram",   "background-snapshot",
+    "release-ram",    "pause-before-switchover",
+    "return-path",    "postcopy-blocktime",
+    "switchover-ack", "postcopy-preempt",
+    "validate-uuid",  "x-ignore-shared",
     "zero-blocks",
 };
 
@@ -86,12 +86,12 @@ typedef struct ps_listed_block {
 } ps_listed_block;
 
 typedef int ps_take_fn(ps_parser *p, const uint8_t *bytes, ps_event *event,
-                   ps_error *err);
+                       ps_error *err);
 
 struct ps_parser {
-    ps_take_fn *take;     /* NULL: everything goes to the tail */
-    size_t want;      /* bytes of the step */
-    size_t have;      /* of these, in the stash */
+    ps_take_fn *take;  /* NULL: everything goes to the tail */
+    size_t want;       /* bytes of the step */
+    size_t have;       /* of these, in the stash */
     const char *where; /* what a truncated stream was in */
     uint64_t position; /* of the step's first byte in the stream */
     uint64_t item;     /* of the event's first byte */
@@ -120,8 +120,8 @@ struct ps_parser {
     uint32_t block_capacity;
     uint64_t extra[2]; /* page size and address of the block, if told */
     uint32_t extras;
-    uint64_t entry;      /* the page entry being read */
-    uint32_t block;      /* CONTINUE means this one */
+    uint64_t entry; /* the page entry being read */
+    uint32_t block; /* CONTINUE means this one */
     bool block_known;
 
     /* After the last byte: what was found in the tail. */
@@ -140,7 +140,8 @@ static ps_take_fn take_section_type, take_entry, take_footer, take_footer_mark,
     take_configuration_next, take_block_look, take_block_name,
     take_ram_section_end;
 
-static void expect(ps_parser *p, size_t want, ps_take_fn *take, const char *where)
+static void expect(ps_parser *p, size_t want, ps_take_fn *take,
+                   const char *where)
 {
     p->want = want;
     p->take = take;
@@ -197,8 +198,8 @@ static int keep(ps_parser *p, const uint8_t *bytes, size_t length, size_t max,
 
 /* ---------------------------------------------------------- configuration */
 
-static int keep_configuration(ps_parser *p, const uint8_t *bytes,
-                              size_t length, ps_error *err)
+static int keep_configuration(ps_parser *p, const uint8_t *bytes, size_t length,
+                              ps_error *err)
 {
     return keep(p, bytes, length, MAX_CONFIGURATION,
                 "the configuration section", err);
@@ -251,8 +252,9 @@ static int take_capability(ps_parser *p, const uint8_t *bytes, ps_event *event,
     size_t i;
 
     (void)event;
-    for (i = 0; i < sizeof(harmless_capabilities) /
-                        sizeof(harmless_capabilities[0]); i++) {
+    for (i = 0;
+         i < sizeof(harmless_capabilities) / sizeof(harmless_capabilities[0]);
+         i++) {
         if (name_is(bytes, p->want, harmless_capabilities[i])) {
             break;
         }
@@ -596,8 +598,8 @@ static int take_section_type(ps_parser *p, const uint8_t *bytes,
         expect(p, 4, take_command, "a migration command");
         return PS_OK;
     case QEMU_VM_EOF:
-        return ps_fail(err, p->ram_started ? PS_ERR_DAMAGED
-                                           : PS_ERR_UNSUPPORTED,
+        return ps_fail(err,
+                       p->ram_started ? PS_ERR_DAMAGED : PS_ERR_UNSUPPORTED,
                        p->position,
                        p->ram_started ? "the stream ends before its memory"
                                       : "the stream has no memory in it");
@@ -609,8 +611,8 @@ static int take_section_type(ps_parser *p, const uint8_t *bytes,
 
 /* -------------------------------------------------------- RAM block list */
 
-static int take_blocks_end(ps_parser *p, const uint8_t *bytes,
-                           ps_event *event, ps_error *err);
+static int take_blocks_end(ps_parser *p, const uint8_t *bytes, ps_event *event,
+                           ps_error *err);
 static int handle_entry(ps_parser *p, ps_error *err);
 
 static void expect_block_look(ps_parser *p)
@@ -680,7 +682,7 @@ static int add_extra(ps_parser *p, uint64_t value, ps_error *err)
 static int take_block_extra_rest(ps_parser *p, const uint8_t *bytes,
                                  ps_event *event, ps_error *err)
 {
-    uint8_t whole[8] = { 0 };
+    uint8_t whole[8] = {0};
 
     (void)event;
     memcpy(whole + 1, bytes, 7);
@@ -717,8 +719,8 @@ static int take_block_look(ps_parser *p, const uint8_t *bytes, ps_event *event,
 }
 
 /* Takes no bytes: the entry after the list has been read already. */
-static int take_blocks_end(ps_parser *p, const uint8_t *bytes,
-                           ps_event *event, ps_error *err)
+static int take_blocks_end(ps_parser *p, const uint8_t *bytes, ps_event *event,
+                           ps_error *err)
 {
     (void)bytes;
     p->listed = true;
@@ -794,8 +796,8 @@ static int take_block_name(ps_parser *p, const uint8_t *bytes, ps_event *event,
     return PS_OK;
 }
 
-static int take_first_block(ps_parser *p, const uint8_t *bytes,
-                            ps_event *event, ps_error *err)
+static int take_first_block(ps_parser *p, const uint8_t *bytes, ps_event *event,
+                            ps_error *err)
 {
     (void)event;
     p->item = p->position;
@@ -812,8 +814,7 @@ static int start_block_list(ps_parser *p, ps_error *err)
     uint64_t total = p->entry & ~(uint64_t)OFFSET_FLAGS;
 
     if (p->listed || p->section_type != QEMU_VM_SECTION_START) {
-        return ps_fail(err, PS_ERR_DAMAGED, p->item,
-                       "a second RAM block list");
+        return ps_fail(err, PS_ERR_DAMAGED, p->item, "a second RAM block list");
     }
     if (total == 0) {
         return ps_fail(err, PS_ERR_UNSUPPORTED, p->item,
@@ -918,11 +919,11 @@ static const char *refused_flag(uint64_t flags)
         uint32_t flag;
         const char *name;
     } refused[] = {
-        { RAM_SAVE_FLAG_FULL, "FULL" },
-        { RAM_SAVE_FLAG_XBZRLE, "XBZRLE" },
-        { RAM_SAVE_FLAG_HOOK, "HOOK (RDMA)" },
-        { RAM_SAVE_FLAG_COMPRESS_PAGE, "COMPRESS_PAGE" },
-        { RAM_SAVE_FLAG_MULTIFD_FLUSH, "MULTIFD_FLUSH" },
+        {RAM_SAVE_FLAG_FULL, "FULL"},
+        {RAM_SAVE_FLAG_XBZRLE, "XBZRLE"},
+        {RAM_SAVE_FLAG_HOOK, "HOOK (RDMA)"},
+        {RAM_SAVE_FLAG_COMPRESS_PAGE, "COMPRESS_PAGE"},
+        {RAM_SAVE_FLAG_MULTIFD_FLUSH, "MULTIFD_FLUSH"},
     };
 
     for (size_t i = 0; i < sizeof(refused) / sizeof(refused[0]); i++) {
@@ -1043,8 +1044,8 @@ static int take_footer_id(ps_parser *p, const uint8_t *bytes, ps_event *event,
 }
 
 /* The first section tells: no section type has the footer's mark. */
-static int take_footer_mark(ps_parser *p, const uint8_t *bytes,
-                            ps_event *event, ps_error *err)
+static int take_footer_mark(ps_parser *p, const uint8_t *bytes, ps_event *event,
+                            ps_error *err)
 {
     p->footers_known = true;
     if (bytes[0] == QEMU_VM_SECTION_FOOTER) {
@@ -1207,7 +1208,7 @@ static int check_footers(ps_parser *p, ps_error *err)
 {
     size_t length = p->devices_length;
     const uint8_t *footer = p->raw + length - 5;
-    uint8_t start[5] = { QEMU_VM_SECTION_FULL };
+    uint8_t start[5] = {QEMU_VM_SECTION_FULL};
 
     if (length < 5 || footer[0] != QEMU_VM_SECTION_FOOTER) {
         return tail_truncated(p, err);
@@ -1276,7 +1277,7 @@ static int split_tail(ps_parser *p, ps_error *err)
 
 static int finish_early(ps_parser *p, ps_error *err)
 {
-    static const uint8_t magic[] = { 'Q', 'E', 'V', 'M' };
+    static const uint8_t magic[] = {'Q', 'E', 'V', 'M'};
 
     if (p->position == 0 &&
         memcmp(p->stash, magic, p->have < 4 ? p->have : 4) != 0) {

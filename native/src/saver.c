@@ -122,14 +122,13 @@ static inline int hash_reserve(ps_saver *s, ps_hash *h, hash_of_fn *hash_of,
                                ps_error *err)
 {
     uint64_t slots = h->slots ? h->mask + 1 : 0;
-    ps_hash grown = { .mask = slots ? slots * 2 - 1 : HASH_SLOTS - 1 };
+    ps_hash grown = {.mask = slots ? slots * 2 - 1 : HASH_SLOTS - 1};
     void *memory;
 
     if (h->count * 10 < slots * 7) {
         return PS_OK;
     }
-    if (ps_reserve((size_t)(grown.mask + 1) * sizeof(uint32_t), &memory,
-                   err)) {
+    if (ps_reserve((size_t)(grown.mask + 1) * sizeof(uint32_t), &memory, err)) {
         return err->code;
     }
     grown.slots = memory;
@@ -404,8 +403,8 @@ static int fill_put(ps_saver *s, const uint8_t *unit, size_t size,
         memcpy(&value, unit, size);
     } else {
         value = *index;
-        if (ps_pwrite_all(s->options.units_fd, unit, size,
-                          value * PS_FILL_SLOT, units_writing, err)) {
+        if (ps_pwrite_all(s->options.units_fd, unit, size, value * PS_FILL_SLOT,
+                          units_writing, err)) {
             err->offset = PS_NOWHERE;
             return err->code;
         }
@@ -428,8 +427,8 @@ static int intern_fill(ps_saver *s, const uint8_t *unit, uint32_t log2,
 {
     ps_hash *h = &s->fill_hash;
     size_t size = (size_t)1 << log2;
-    uint32_t hash = (uint32_t)(XXH3_64bits(unit, size) &
-                               s->signature_mask) << 3 | log2;
+    uint32_t hash =
+        (uint32_t)(XXH3_64bits(unit, size) & s->signature_mask) << 3 | log2;
     uint32_t index = 0;
 
     if (hash_reserve(s, h, hash_of_fill, err)) {
@@ -493,8 +492,8 @@ static int set_page(ps_saver *s, uint32_t block, uint64_t page_offset,
                     uint32_t ref, ps_error *err)
 {
     ps_saver_block *b = &s->blocks[block];
-    uint64_t page = b->first_leaf * PS_LEAF_PAGES +
-                    (page_offset >> PS_PAGE_BITS);
+    uint64_t page =
+        b->first_leaf * PS_LEAF_PAGES + (page_offset >> PS_PAGE_BITS);
     uint64_t group = page / PS_GROUP_PAGES;
     uint64_t bit = UINT64_C(1) << (page & 63);
     bool resent = (s->seen[page / 64] & bit) != 0;
@@ -696,8 +695,8 @@ int ps_saver_feed(ps_saver *saver, const uint8_t *in, size_t length,
 static int wait_readable(ps_saver *s, int fd, ps_error *err)
 {
     struct pollfd fds[] = {
-        { .fd = fd, .events = POLLIN },
-        { .fd = s->cancel_fd, .events = POLLIN },
+        {.fd = fd, .events = POLLIN},
+        {.fd = s->cancel_fd, .events = POLLIN},
     };
 
     while (poll(fds, 2, -1) < 0) {
@@ -772,7 +771,7 @@ static int check_complete(const ps_saver *s, ps_error *err)
 
 static int end_stream(ps_saver *s, ps_error *err)
 {
-    ps_event event = { .type = PS_EVENT_NONE };
+    ps_event event = {.type = PS_EVENT_NONE};
 
     while (event.type != PS_EVENT_END) {
         if (ps_parser_finish(s->parser, &event, err) ||
@@ -893,8 +892,8 @@ static int check_options(const ps_saver_options *o, ps_error *err)
     }
     if (o->zstd_level != INT32_MIN && (o->zstd_level < ZSTD_minCLevel() ||
                                        o->zstd_level > ZSTD_maxCLevel())) {
-        return ps_fail(err, PS_ERR_ARGUMENT, PS_NOWHERE,
-                       "zstd has no level %d", o->zstd_level);
+        return ps_fail(err, PS_ERR_ARGUMENT, PS_NOWHERE, "zstd has no level %d",
+                       o->zstd_level);
     }
     return PS_OK;
 }

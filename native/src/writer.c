@@ -17,9 +17,9 @@
 #define OUTPUT_BYTES ((size_t)1 << 20)
 /* All jobs together; a job has its pages and their compressed form. */
 #define JOBS_BYTES ((size_t)32 << 20)
-#define JOB_PAGES 256u      /* with few threads: 1 MiB */
-#define JOB_PAGES_MANY 64u  /* with many */
-#define INDEX_BUFFER 4096u  /* block index entries */
+#define JOB_PAGES 256u     /* with few threads: 1 MiB */
+#define JOB_PAGES_MANY 64u /* with many */
+#define INDEX_BUFFER 4096u /* block index entries */
 
 static const char writing[] = "writing the snapshot";
 static const char spool_writing[] = "writing the page spool";
@@ -32,7 +32,11 @@ typedef struct ps_output {
     uint64_t offset; /* of the buffer in the file */
 } ps_output;
 
-enum ps_job_state { JOB_FREE, JOB_READY, JOB_DONE };
+enum ps_job_state {
+    JOB_FREE,
+    JOB_READY,
+    JOB_DONE
+};
 
 /* Some consecutive locality blocks. */
 typedef struct ps_write_job {
@@ -138,8 +142,7 @@ static int section_begin(ps_writer *w, uint32_t type, uint32_t record_size,
     w->section = &w->sections[w->section_count++];
     memset(w->section, 0, sizeof(*w->section));
     w->section->type = type;
-    w->section->flags =
-        type == PS_SECTION_META ? 0 : PS_SECTION_FLAG_REQUIRED;
+    w->section->flags = type == PS_SECTION_META ? 0 : PS_SECTION_FLAG_REQUIRED;
     w->section->offset = out_position(&w->out);
     w->section->record_size = record_size;
     w->chunk_length = 0;
@@ -258,7 +261,7 @@ static ps_fill *fill_of(const ps_saver *s, uint32_t ref)
 static int number_fill(ps_writer *w, ps_fill *fill, ps_error *err)
 {
     uint32_t log2 = ps_fill_log2(fill);
-    uint8_t unit[PS_FILL_SLOT] = { 0 };
+    uint8_t unit[PS_FILL_SLOT] = {0};
 
     if (log2 > PS_FILL_INLINE_LOG2) {
         fill->value = w->units_bytes / PS_FILL_GRAIN;
@@ -276,7 +279,7 @@ static int number_fill(ps_writer *w, ps_fill *fill, ps_error *err)
 static int number_pages(ps_writer *w, ps_error *err)
 {
     ps_saver *s = w->s;
-    ps_walk at = { 0 };
+    ps_walk at = {0};
     uint32_t block = 0;
     uint64_t page;
     uint32_t ref;
@@ -336,8 +339,8 @@ static uint64_t entry_of(const ps_saver *s, uint64_t page)
 }
 
 /* The entries of a leaf; true where one of them stands for all. */
-static bool read_leaf(const ps_saver *s, const ps_saver_block *b,
-                      uint64_t leaf, uint64_t entries[PS_LEAF_PAGES])
+static bool read_leaf(const ps_saver *s, const ps_saver_block *b, uint64_t leaf,
+                      uint64_t entries[PS_LEAF_PAGES])
 {
     uint64_t first = (b->first_leaf + leaf) * PS_LEAF_PAGES;
     uint64_t left = b->pages - leaf * PS_LEAF_PAGES;
@@ -430,7 +433,7 @@ static int write_ram_blocks(ps_writer *w, ps_error *err)
 
 static int write_units(ps_writer *w, ps_error *err)
 {
-    ps_walk at = { 0 };
+    ps_walk at = {0};
     uint64_t written = 0;
     uint64_t page;
     uint32_t ref;
@@ -469,7 +472,7 @@ static int write_signatures(ps_writer *w, ps_error *err)
     }
     for (uint64_t i = 0; i < w->canonicals; i++) {
         const ps_canonical *canonical = ps_saver_canonical(w->s, w->order[i]);
-        ps_format_signature signature = { canonical->low, canonical->high };
+        ps_format_signature signature = {canonical->low, canonical->high};
 
         if (section_write(w, &signature, sizeof(signature), err)) {
             return err->code;
@@ -480,7 +483,7 @@ static int write_signatures(ps_writer *w, ps_error *err)
 
 static int write_owners(ps_writer *w, ps_error *err)
 {
-    ps_walk at = { 0 };
+    ps_walk at = {0};
     uint64_t written = 0;
     uint64_t page;
     uint32_t ref;
@@ -560,9 +563,9 @@ static int job_pack(const ps_writer *w, ps_write_job *job, ZSTD_CCtx *zstd,
         result->form = PS_BLOCK_RAW;
         if (zstd) {
             uint8_t *packed = job->packed + i * w->packed_bytes;
-            size_t length = ZSTD_compressCCtx(zstd, packed, w->packed_bytes,
-                                              content, size,
-                                              w->s->options.zstd_level);
+            size_t length =
+                ZSTD_compressCCtx(zstd, packed, w->packed_bytes, content, size,
+                                  w->s->options.zstd_level);
 
             if (ZSTD_isError(length)) {
                 return ps_fail(err, PS_ERR_NOMEM, PS_NOWHERE,
@@ -583,7 +586,7 @@ static int job_pack(const ps_writer *w, ps_write_job *job, ZSTD_CCtx *zstd,
 
 static void job_run(const ps_writer *w, ps_write_job *job, ZSTD_CCtx *zstd)
 {
-    ps_error error = { .code = PS_OK };
+    ps_error error = {.code = PS_OK};
 
     if (w->packed_bytes && !zstd) {
         ps_fail(&error, PS_ERR_NOMEM, PS_NOWHERE, "out of memory for zstd");
@@ -754,7 +757,7 @@ static int write_blocks(ps_writer *w, ZSTD_CCtx *zstd, ps_error *err)
 static int write_header(ps_writer *w, const uint8_t *uuid,
                         const uint8_t *parent, ps_error *err)
 {
-    ps_format_header header = { .version = PS_FORMAT_VERSION };
+    ps_format_header header = {.version = PS_FORMAT_VERSION};
 
     memcpy(header.magic, PS_HEADER_MAGIC, PS_MAGIC_LENGTH);
     header.header_length = PS_HEADER_LENGTH;
@@ -768,7 +771,7 @@ static int write_header(ps_writer *w, const uint8_t *uuid,
 
 static int write_trailer(ps_writer *w, const uint8_t *uuid, ps_error *err)
 {
-    ps_format_trailer trailer = { 0 };
+    ps_format_trailer trailer = {0};
     size_t length = w->section_count * sizeof(w->sections[0]);
 
     if (out_align(&w->out, PS_PART_ALIGNMENT, err)) {
@@ -882,8 +885,7 @@ static int setup_jobs(ps_writer *w, ps_error *err)
     size_t block_bytes = o->pages_per_block * PS_PAGE_SIZE;
     size_t job_bytes;
 
-    w->job_blocks =
-        pages > o->pages_per_block ? pages / o->pages_per_block : 1;
+    w->job_blocks = pages > o->pages_per_block ? pages / o->pages_per_block : 1;
     if (o->zstd_level != INT32_MIN) {
         w->packed_bytes = ZSTD_compressBound(block_bytes);
     }
@@ -928,8 +930,8 @@ static int setup_threads(ps_writer *w, ps_error *err)
         return writer_out_of_memory(err);
     }
     while (w->thread_count < threads) {
-        int code = pthread_create(&w->threads[w->thread_count], NULL,
-                                  job_thread, w);
+        int code =
+            pthread_create(&w->threads[w->thread_count], NULL, job_thread, w);
 
         if (code) {
             errno = code;
@@ -963,9 +965,8 @@ static int setup(ps_writer *w, ps_error *err)
         return err->code;
     }
     s->stats.blocks_written = 0;
-    s->stats.blocks_total =
-        (w->canonicals + s->options.pages_per_block - 1) /
-        s->options.pages_per_block;
+    s->stats.blocks_total = (w->canonicals + s->options.pages_per_block - 1) /
+                            s->options.pages_per_block;
     ps_saver_publish(s);
     return setup_threads(w, err);
 }
@@ -997,7 +998,7 @@ int ps_saver_write(ps_saver *saver, int fd, const uint8_t *uuid,
 {
     ps_writer w = {
         .s = saver,
-        .out = { .fd = fd },
+        .out = {.fd = fd},
         .lock = PTHREAD_MUTEX_INITIALIZER,
         .ready = PTHREAD_COND_INITIALIZER,
         .done = PTHREAD_COND_INITIALIZER,

@@ -23,13 +23,13 @@ static unsigned long check_failures;
 
 #define CHECK_MSG(condition, ...)                                              \
     ((void)(check_count++,                                                     \
-            (condition) ? 0                                                    \
-                        : (check_failures++ < CHECK_SHOWN                      \
-                               ? (fprintf(stderr, "%s:%d: CHECK(%s) failed: ", \
-                                          __FILE__, __LINE__, #condition),     \
-                                  fprintf(stderr, __VA_ARGS__),                \
-                                  fputc('\n', stderr))                         \
-                               : 0)))
+            (condition)                                                        \
+                ? 0                                                            \
+                : (check_failures++ < CHECK_SHOWN                              \
+                       ? (fprintf(stderr, "%s:%d: CHECK(%s) failed: ",         \
+                                  __FILE__, __LINE__, #condition),             \
+                          fprintf(stderr, __VA_ARGS__), fputc('\n', stderr))   \
+                       : 0)))
 
 #define CHECK(condition) CHECK_MSG(condition, "%s", __func__)
 

@@ -102,8 +102,8 @@ static void load(const char *path)
         die(path);
     }
     memory_length = (uint64_t)st.st_size;
-    memory = mmap(NULL, memory_length, PROT_READ, MAP_PRIVATE | MAP_POPULATE,
-                  fd, 0);
+    memory =
+        mmap(NULL, memory_length, PROT_READ, MAP_PRIVATE | MAP_POPULATE, fd, 0);
     if (memory == MAP_FAILED) {
         die(path);
     }

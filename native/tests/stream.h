@@ -144,8 +144,8 @@ static inline void put_eos(stream *s)
 /* name NULL: continue the block of the page before. */
 static inline void put_zero(stream *s, const char *name, uint64_t offset)
 {
-    put_u64(s, offset | RAM_SAVE_FLAG_ZERO |
-                   (name ? 0 : RAM_SAVE_FLAG_CONTINUE));
+    put_u64(s,
+            offset | RAM_SAVE_FLAG_ZERO | (name ? 0 : RAM_SAVE_FLAG_CONTINUE));
     if (name) {
         put_name(s, name);
     }
@@ -155,8 +155,8 @@ static inline void put_zero(stream *s, const char *name, uint64_t offset)
 static inline void put_page(stream *s, const char *name, uint64_t offset,
                             const uint8_t *page)
 {
-    put_u64(s, offset | RAM_SAVE_FLAG_PAGE |
-                   (name ? 0 : RAM_SAVE_FLAG_CONTINUE));
+    put_u64(s,
+            offset | RAM_SAVE_FLAG_PAGE | (name ? 0 : RAM_SAVE_FLAG_CONTINUE));
     if (name) {
         put_name(s, name);
     }
@@ -210,7 +210,7 @@ static inline void make_page(uint8_t *page, uint64_t number)
 static inline void put_whole(stream *s)
 {
     uint8_t page[PS_PAGE_SIZE];
-    const uint8_t device[] = { 1, 0, 0x7e, 0, 0, 2, 0, 0 };
+    const uint8_t device[] = {1, 0, 0x7e, 0, 0, 2, 0, 0};
 
     put_header(s);
     put_machine(s);

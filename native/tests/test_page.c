@@ -27,7 +27,7 @@ static void expect_data(const uint8_t *page)
 
 static void test_zero(void)
 {
-    uint8_t page[PS_PAGE_SIZE] = { 0 };
+    uint8_t page[PS_PAGE_SIZE] = {0};
     ps_page_info info;
 
     ps_page_classify(page, &info);
@@ -115,7 +115,9 @@ static void speed(const char *name, const uint8_t *pages, size_t count)
 
 int main(void)
 {
-    enum { COUNT = 1024 };
+    enum {
+        COUNT = 1024
+    };
     uint8_t *pages = calloc(COUNT, PS_PAGE_SIZE);
 
     test_zero();

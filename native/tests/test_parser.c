@@ -61,8 +61,8 @@ static int parse(const uint8_t *data, size_t length, size_t first, size_t part,
         do {
             size_t used;
 
-            code = ps_parser_push(parser, copy + at, n - at, &used, &event,
-                                  err);
+            code =
+                ps_parser_push(parser, copy + at, n - at, &used, &event, err);
             CHECK(used <= n - at);
             if (!code && event.type != PS_EVENT_NONE) {
                 add_event(out, &event);
@@ -83,7 +83,7 @@ static int parse(const uint8_t *data, size_t length, size_t first, size_t part,
         }
     }
     if (code) {
-        ps_error again = { 0 };
+        ps_error again = {0};
         size_t used;
 
         CHECK(err->code == code);
@@ -108,9 +108,9 @@ static int parse_all(const stream *s, summary *out, ps_stream_info *info,
 
 static void test_whole(bool footers)
 {
-    stream s = { .footers = footers };
+    stream s = {.footers = footers};
     ps_stream_info info;
-    ps_error err = { 0 };
+    ps_error err = {0};
     summary out;
 
     put_whole(&s);
@@ -129,7 +129,7 @@ static void test_whole(bool footers)
 
 static void test_contents(void)
 {
-    stream s = { .footers = true };
+    stream s = {.footers = true};
     uint8_t page[PS_PAGE_SIZE];
     ps_parser *parser;
     ps_event event;
@@ -199,8 +199,8 @@ static void test_contents(void)
 
 static void test_splits(bool footers)
 {
-    stream s = { .footers = footers };
-    ps_error err = { 0 };
+    stream s = {.footers = footers};
+    ps_error err = {0};
     summary whole;
     summary out;
 
@@ -220,14 +220,14 @@ static void test_splits(bool footers)
 
 static void test_truncations(bool footers)
 {
-    stream s = { .footers = footers };
+    stream s = {.footers = footers};
     summary out;
     size_t eof;
 
     put_whole(&s);
     eof = s.length - 15 - 5; /* after the EOF mark */
     for (size_t length = 0; length < s.length; length++) {
-        ps_error err = { 0 };
+        ps_error err = {0};
         uint8_t *copy = malloc(length ? length : 1);
         int code;
 
@@ -250,12 +250,12 @@ static void test_truncations(bool footers)
 /* Everything that a bit can do: an error or a result, never a crash. */
 static void test_flips(void)
 {
-    stream s = { .footers = true };
+    stream s = {.footers = true};
     summary out;
 
     put_whole(&s);
     for (size_t bit = 0; bit < s.length * 8; bit++) {
-        ps_error err = { 0 };
+        ps_error err = {0};
         int code;
 
         s.data[bit / 8] ^= (uint8_t)(1u << (bit % 8));
@@ -269,7 +269,7 @@ static void test_flips(void)
 /* Parse what there is; expect this failure, with these words in it. */
 static void refused(stream *s, int code, const char *words, uint64_t offset)
 {
-    ps_error err = { 0 };
+    ps_error err = {0};
     summary out;
     int got;
 
@@ -289,7 +289,7 @@ static void refused(stream *s, int code, const char *words, uint64_t offset)
 
 static stream begin(void)
 {
-    stream s = { .footers = true };
+    stream s = {.footers = true};
 
     put_header(&s);
     put_machine(&s);
@@ -326,7 +326,7 @@ static stream begin_tail(void)
 
 static void test_header_refusals(void)
 {
-    stream s = { 0 };
+    stream s = {0};
 
     put(&s, "PK\3\4\0\0\0\0\0\0", 10);
     refused(&s, PS_ERR_NOT_OURS, "no QEMU", 0);
@@ -340,10 +340,10 @@ static void test_header_refusals(void)
 static void test_configuration_refusals(void)
 {
     static const char *const capabilities[] = {
-        "multifd",  "xbzrle", "compress",     "mapped-ram",
-        "x-colo",   "rdma-pin-all", "zero-copy-send", "from-the-future",
+        "multifd", "xbzrle",       "compress",       "mapped-ram",
+        "x-colo",  "rdma-pin-all", "zero-copy-send", "from-the-future",
     };
-    stream s = { 0 };
+    stream s = {0};
 
     for (size_t i = 0; i < sizeof(capabilities) / sizeof(char *); i++) {
         s = begin();
@@ -388,8 +388,8 @@ static void test_configuration_refusals(void)
 
 static void test_section_refusals(void)
 {
-    static const char *const iterable[] = { "block", "dirty-bitmap",
-                                            "spapr/htab" };
+    static const char *const iterable[] = {"block", "dirty-bitmap",
+                                           "spapr/htab"};
     stream s;
 
     for (size_t i = 0; i < sizeof(iterable) / sizeof(char *); i++) {
@@ -457,11 +457,11 @@ static void test_command_refusals(void)
         unsigned command;
         const char *name;
     } bad[] = {
-        { 4, "POSTCOPY_LISTEN" },      { 5, "POSTCOPY_RUN" },
-        { 6, "POSTCOPY_RAM_DISCARD" }, { 7, "PACKAGED" },
-        { 8, "ENABLE_COLO" },          { 9, "POSTCOPY_RESUME" },
-        { 10, "RECV_BITMAP" },         { 0, "command 0" },
-        { 12, "command 12" },          { 65535, "command 65535" },
+        {4, "POSTCOPY_LISTEN"},      {5, "POSTCOPY_RUN"},
+        {6, "POSTCOPY_RAM_DISCARD"}, {7, "PACKAGED"},
+        {8, "ENABLE_COLO"},          {9, "POSTCOPY_RESUME"},
+        {10, "RECV_BITMAP"},         {0, "command 0"},
+        {12, "command 12"},          {65535, "command 65535"},
     };
     stream s;
 
@@ -539,10 +539,9 @@ static void test_page_refusals(void)
         unsigned flag;
         const char *name;
     } bad[] = {
-        { 0x01, "FULL" },           { 0x40, "XBZRLE" },
-        { 0x80, "HOOK" },           { 0x100, "COMPRESS_PAGE" },
-        { 0x200, "MULTIFD_FLUSH" }, { 0x48, "XBZRLE" },
-        { 0x88, "HOOK" },           { 0x180, "HOOK" },
+        {0x01, "FULL"},           {0x40, "XBZRLE"},         {0x80, "HOOK"},
+        {0x100, "COMPRESS_PAGE"}, {0x200, "MULTIFD_FLUSH"}, {0x48, "XBZRLE"},
+        {0x88, "HOOK"},           {0x180, "HOOK"},
     };
     stream s;
 
@@ -586,7 +585,7 @@ static void test_page_refusals(void)
 
 static void test_tail(void)
 {
-    ps_error err = { 0 };
+    ps_error err = {0};
     uint8_t *big = calloc(1, 256 << 10);
     summary out;
     stream s = begin_tail();
@@ -653,11 +652,11 @@ static void test_tail(void)
 static void list_with(bool postcopy, bool shared, uint64_t page_size,
                       bool machine, bool want)
 {
-    static const char advise[16] = { [14] = 0x10 };
-    stream s = { .footers = true };
+    static const char advise[16] = {[14] = 0x10};
+    stream s = {.footers = true};
     ps_parser *parser;
     ps_event event;
-    ps_error err = { 0 };
+    ps_error err = {0};
     size_t done = 0;
     unsigned blocks = 0;
     int code;
@@ -681,7 +680,7 @@ static void list_with(bool postcopy, bool shared, uint64_t page_size,
     put_ram_start(&s);
     put_total(&s, 0x600000);
     for (unsigned i = 0; i < 3; i++) {
-        const char *const names[] = { "a", "pc.ram", "z" };
+        const char *const names[] = {"a", "pc.ram", "z"};
 
         put_block(&s, names[i], 0x200000);
         if (page_size && i != 1) {
@@ -731,7 +730,7 @@ static void test_lists(void)
     list_with(false, true, 0, true, true);
     list_with(true, true, 0, true, true);
     list_with(true, true, 0x200000, true, true);
-    list_with(false, true, 0, false, true); /* no configuration section */
+    list_with(false, true, 0, false, true);      /* no configuration section */
     list_with(true, false, 0x3000, true, false); /* no power of two */
     list_with(false, false, 0x200000, true, false);
     list_with(false, true, 0x200000, true, false);

@@ -22,8 +22,8 @@
 #define SANITIZED 0
 #endif
 
-static const uint8_t uuid[16] = { 1, 2, 3, 4 };
-static const uint8_t parent[16] = { 0 };
+static const uint8_t uuid[16] = {1, 2, 3, 4};
+static const uint8_t parent[16] = {0};
 
 static int temporary(void)
 {
@@ -35,11 +35,9 @@ static int temporary(void)
 
 static ps_saver *make_saver(const ps_saver_options *options)
 {
-    ps_saver_options o = { .pages_per_block = 16,
-                           .zstd_level = 3,
-                           .threads = 2 };
+    ps_saver_options o = {.pages_per_block = 16, .zstd_level = 3, .threads = 2};
     ps_saver *saver = NULL;
-    ps_error err = { 0 };
+    ps_error err = {0};
 
     if (options) {
         o = *options;
@@ -102,7 +100,7 @@ typedef struct model {
 
 static model model_begin(uint64_t count)
 {
-    model m = { .count = count, .s = { .footers = true } };
+    model m = {.count = count, .s = {.footers = true}};
 
     m.pages = calloc(count, sizeof(*m.pages));
     put_header(&m.s);
@@ -151,7 +149,7 @@ static ps_saver *save_stream(const stream *s, const ps_saver_options *options,
                              uint64_t mask)
 {
     ps_saver *saver = make_saver(options);
-    ps_error err = { 0 };
+    ps_error err = {0};
 
     ps_saver_set_signature_mask(saver, mask);
     CHECK_MSG(ps_saver_feed(saver, s->data, s->length, &err) == PS_OK, "%s",
@@ -162,7 +160,7 @@ static ps_saver *save_stream(const stream *s, const ps_saver_options *options,
 
 static int write_file(ps_saver *saver)
 {
-    ps_error err = { 0 };
+    ps_error err = {0};
     int fd = temporary();
 
     CHECK_MSG(ps_saver_write(saver, fd, uuid, parent, &err) == PS_OK, "%s",
@@ -173,16 +171,15 @@ static int write_file(ps_saver *saver)
 static ps_image *open_file(int fd)
 {
     ps_image *image = NULL;
-    ps_error err = { 0 };
+    ps_error err = {0};
     ps_error errors[4];
     size_t count = 0;
 
     CHECK_MSG(ps_image_open(fd, &image, &err) == PS_OK, "%s", err.message);
     if (image) {
-        ps_job job = { 0 };
+        ps_job job = {0};
 
-        CHECK_MSG(ps_image_check(image, &job, errors, 4, &count, &err) ==
-                      PS_OK,
+        CHECK_MSG(ps_image_check(image, &job, errors, 4, &count, &err) == PS_OK,
                   "%s", err.message);
         CHECK_MSG(count == 0, "%zu errors: %s", count, errors[0].message);
     }
@@ -207,14 +204,14 @@ static void check_model(const model *m, int fd)
     ps_image *image = open_file(fd);
     uint8_t expected[PS_PAGE_SIZE];
     uint8_t bytes[PS_PAGE_SIZE];
-    ps_error err = { 0 };
+    ps_error err = {0};
 
     for (uint64_t i = 0; image && i < m->count; i++) {
         content c = m->pages[i];
         uint64_t entry = 0;
 
-        CHECK_MSG(ps_image_entries(image, 0, i, 1, &entry, &err) == PS_OK,
-                  "%s", err.message);
+        CHECK_MSG(ps_image_entries(image, 0, i, 1, &entry, &err) == PS_OK, "%s",
+                  err.message);
         CHECK(ps_entry_class(entry) == (c.kind == 0      ? PS_CLASS_ZERO
                                         : c.kind == DATA ? PS_CLASS_DATA
                                                          : PS_CLASS_FILL));
@@ -253,14 +250,14 @@ static void test_small(void)
 {
     const uint8_t *data;
     size_t length;
-    stream s = { .footers = true };
+    stream s = {.footers = true};
     uint64_t entries[4];
     ps_stream_info stream_info;
     ps_image_info info;
     ps_image *image;
     ps_saver *saver;
     ps_saver_stats stats;
-    ps_error err = { 0 };
+    ps_error err = {0};
     int fd;
 
     put_whole(&s);
@@ -283,16 +280,14 @@ static void test_small(void)
           length == 0);
     CHECK(ps_saver_section(saver, PS_SECTION_STREAM, &data, &length, &err) ==
           PS_ERR_ARGUMENT);
-    CHECK(ps_saver_section(saver, 99, &data, &length, &err) ==
-          PS_ERR_ARGUMENT);
+    CHECK(ps_saver_section(saver, 99, &data, &length, &err) == PS_ERR_ARGUMENT);
     CHECK(ps_saver_set_section(saver, PS_SECTION_META,
                                (const uint8_t *)"{\"a\": 1}", 8,
                                &err) == PS_OK);
     CHECK(ps_saver_set_section(saver, PS_SECTION_OWNERS, s.data, 8, &err) ==
           PS_ERR_ARGUMENT);
     CHECK(ps_saver_set_section(saver, PS_SECTION_META, s.data,
-                               PS_MAX_META_BYTES + 1,
-                               &err) == PS_ERR_ARGUMENT);
+                               PS_MAX_META_BYTES + 1, &err) == PS_ERR_ARGUMENT);
     ps_saver_stream_info(saver, &stream_info);
     CHECK(stream_info.footers && stream_info.description);
     fd = write_file(saver);
@@ -323,7 +318,7 @@ static void test_small(void)
 
 static void test_splits(void)
 {
-    stream s = { .footers = true };
+    stream s = {.footers = true};
     ps_saver *whole;
     uint8_t *first;
     size_t length;
@@ -336,7 +331,7 @@ static void test_splits(void)
     first = map_file(fd, &length);
     for (size_t part = 1; part < 5000; part += 611) {
         ps_saver *saver = make_saver(NULL);
-        ps_error err = { 0 };
+        ps_error err = {0};
         uint8_t *again;
         size_t again_length;
         int again_fd;
@@ -369,7 +364,7 @@ static void test_fills(void)
     int fd;
 
     for (uint32_t i = 0; i < 700; i++) {
-        model_send(&m, i, (content){ i % 8, i / 8 % 20 });
+        model_send(&m, i, (content){i % 8, i / 8 % 20});
     }
     model_end(&m);
     saver = save_stream(&m.s, NULL, UINT64_MAX);
@@ -389,7 +384,7 @@ static void test_fills(void)
     /* A whole leaf of one fill is in the top map alone. */
     m = model_begin(1024);
     for (uint32_t i = 0; i < 1024; i++) {
-        model_send(&m, i, (content){ 1 + i / 512 * 6, 7 });
+        model_send(&m, i, (content){1 + i / 512 * 6, 7});
     }
     model_end(&m);
     saver = save_stream(&m.s, NULL, UINT64_MAX);
@@ -412,8 +407,8 @@ static bool file_has(int fd, content c)
     bool found;
 
     make_content(page, c);
-    found = memmem(bytes, length, page, c.kind == DATA ? PS_PAGE_SIZE : 64) !=
-            NULL;
+    found =
+        memmem(bytes, length, page, c.kind == DATA ? PS_PAGE_SIZE : 64) != NULL;
     munmap(bytes, length);
     return found;
 }
@@ -421,17 +416,17 @@ static bool file_has(int fd, content c)
 /* The last one counts and nothing of those before is left. */
 static void test_resent(void)
 {
-    const ps_saver_options options = { .pages_per_block = 4,
-                                       .zstd_level = INT32_MIN,
-                                       .threads = 1 };
+    const ps_saver_options options = {
+        .pages_per_block = 4, .zstd_level = INT32_MIN, .threads = 1};
     static const content steps[][2] = {
-        { { DATA, 1 }, { DATA, 2 } }, { { DATA, 3 }, { 0, 0 } },
-        { { DATA, 4 }, { 0, 1 } },    { { DATA, 5 }, { 7, 50 } },
-        { { 7, 60 }, { DATA, 6 } },   { { 7, 70 }, { 0, 0 } },
-        { { 0, 0 }, { DATA, 7 } },    { { DATA, 8 }, { DATA, 8 } },
-        { { 0, 0 }, { 0, 0 } },       { { 4, 9 }, { 5, 9 } },
+        {{DATA, 1}, {DATA, 2}}, {{DATA, 3}, {0, 0}},    {{DATA, 4}, {0, 1}},
+        {{DATA, 5}, {7, 50}},   {{7, 60}, {DATA, 6}},   {{7, 70}, {0, 0}},
+        {{0, 0}, {DATA, 7}},    {{DATA, 8}, {DATA, 8}}, {{0, 0}, {0, 0}},
+        {{4, 9}, {5, 9}},
     };
-    enum { COUNT = sizeof(steps) / sizeof(steps[0]) };
+    enum {
+        COUNT = sizeof(steps) / sizeof(steps[0])
+    };
     model m = model_begin(COUNT);
     ps_saver_stats stats;
     ps_image_info info;
@@ -488,7 +483,7 @@ static void test_random(uint64_t mask, uint32_t pages, uint32_t sends,
     int fd;
 
     for (uint32_t i = 0; i < pages; i++) {
-        model_send(&m, i, (content){ 0, 0 });
+        model_send(&m, i, (content){0, 0});
     }
     for (uint32_t i = 0; i < sends; i++) {
         uint32_t page = next_random(&state) % pages;
@@ -496,8 +491,8 @@ static void test_random(uint64_t mask, uint32_t pages, uint32_t sends,
 
         kind = kind < DATA ? kind : DATA;
         model_send(&m, page,
-                   (content){ kind, next_random(&state) %
-                                        (kind == DATA ? contents : 100) });
+                   (content){kind, next_random(&state) %
+                                       (kind == DATA ? contents : 100)});
     }
     model_end(&m);
     saver = save_stream(&m.s, NULL, mask);
@@ -512,9 +507,9 @@ static void test_random(uint64_t mask, uint32_t pages, uint32_t sends,
 /* Whatever the options, the same pages; whatever the threads, the same file. */
 static void test_options(void)
 {
-    static const uint32_t per_block[] = { 1, 2, 16, 256, 512 };
-    static const int32_t levels[] = { INT32_MIN, -5, 1, 9 };
-    static const uint32_t threads[] = { 1, 3, 64 };
+    static const uint32_t per_block[] = {1, 2, 16, 256, 512};
+    static const int32_t levels[] = {INT32_MIN, -5, 1, 9};
+    static const uint32_t threads[] = {1, 3, 64};
     model m = model_begin(3000);
 
     for (uint32_t i = 0; i < 3000; i++) {
@@ -526,7 +521,7 @@ static void test_options(void)
             memset(page + 100, 0, i % 3 == 1 ? 3000 : 0);
             put_page(&m.s, "pc.ram", i * PS_PAGE_SIZE, page);
         } else {
-            model_send(&m, i, (content){ i % 5 == 0 ? DATA : 0, i });
+            model_send(&m, i, (content){i % 5 == 0 ? DATA : 0, i});
         }
     }
     model_end(&m);
@@ -536,10 +531,10 @@ static void test_options(void)
             size_t first_length = 0;
 
             for (size_t t = 0; t < 3; t++) {
-                const ps_saver_options options = { .pages_per_block =
-                                                       per_block[b],
-                                                   .zstd_level = levels[l],
-                                                   .threads = threads[t] };
+                const ps_saver_options options = {.pages_per_block =
+                                                      per_block[b],
+                                                  .zstd_level = levels[l],
+                                                  .threads = threads[t]};
                 ps_saver *saver = save_stream(&m.s, &options, UINT64_MAX);
                 int fd = write_file(saver);
                 size_t length;
@@ -569,12 +564,12 @@ static void test_options(void)
 static void test_bad_options(void)
 {
     static const ps_saver_options bad[] = {
-        { .pages_per_block = 0, .threads = 1 },
-        { .pages_per_block = 3, .threads = 1 },
-        { .pages_per_block = 1024, .threads = 1 },
-        { .pages_per_block = 16, .threads = 0 },
-        { .pages_per_block = 16, .threads = 65 },
-        { .pages_per_block = 16, .threads = 1, .zstd_level = 1000 },
+        {.pages_per_block = 0, .threads = 1},
+        {.pages_per_block = 3, .threads = 1},
+        {.pages_per_block = 1024, .threads = 1},
+        {.pages_per_block = 16, .threads = 0},
+        {.pages_per_block = 16, .threads = 65},
+        {.pages_per_block = 16, .threads = 1, .zstd_level = 1000},
     };
     ps_saver *saver;
     ps_error err;
@@ -588,14 +583,14 @@ static void test_bad_options(void)
 static void test_incomplete(void)
 {
     model m = model_begin(600);
-    ps_error err = { 0 };
+    ps_error err = {0};
     ps_saver *saver;
-    stream s = { .footers = true };
+    stream s = {.footers = true};
     int fd = temporary();
 
     for (uint32_t i = 0; i < 600; i++) {
         if (i != 517 && i != 599) {
-            model_send(&m, i, (content){ i % 2 ? DATA : 0, i });
+            model_send(&m, i, (content){i % 2 ? DATA : 0, i});
         }
     }
     model_end(&m);
@@ -646,7 +641,7 @@ static model distinct_model(uint32_t pages)
     model m = model_begin(pages);
 
     for (uint32_t i = 0; i < pages; i++) {
-        model_send(&m, i, (content){ DATA, i });
+        model_send(&m, i, (content){DATA, i});
     }
     model_end(&m);
     return m;
@@ -657,7 +652,7 @@ static void test_disk_full(void)
     model m = distinct_model(600);
     struct rlimit old;
     struct rlimit small;
-    ps_error err = { 0 };
+    ps_error err = {0};
     ps_saver *saver = make_saver(NULL);
     int spool = saver->options.spool_fd;
     int full = open("/dev/full", O_RDWR | O_CLOEXEC);
@@ -667,8 +662,7 @@ static void test_disk_full(void)
     saver->options.spool_fd = full;
     CHECK(ps_saver_feed(saver, m.s.data, m.s.length, &err) == PS_ERR_IO);
     CHECK(err.os_errno == ENOSPC);
-    CHECK_MSG(strstr(err.message, "writing the page spool"), "%s",
-              err.message);
+    CHECK_MSG(strstr(err.message, "writing the page spool"), "%s", err.message);
     CHECK(ps_saver_end(saver, &err) == PS_ERR_IO);
     saver->options.spool_fd = spool;
     drop_saver(saver);
@@ -701,7 +695,7 @@ static void test_disk_full(void)
 static void test_bad_spool(void)
 {
     model m = distinct_model(300);
-    ps_error err = { 0 };
+    ps_error err = {0};
     ps_saver *saver = save_stream(&m.s, NULL, UINT64_MAX);
     int fd = temporary();
 
@@ -732,7 +726,7 @@ static void *drain_thread(void *argument)
 static void test_drain(void)
 {
     model m = distinct_model(3000);
-    drain d = { .saver = make_saver(NULL) };
+    drain d = {.saver = make_saver(NULL)};
     pthread_t thread;
     int pair[2];
     int fd;
@@ -774,7 +768,7 @@ static void test_drain(void)
 
 static void pause_ms(long ms)
 {
-    struct timespec t = { .tv_nsec = ms * 1000000 };
+    struct timespec t = {.tv_nsec = ms * 1000000};
 
     nanosleep(&t, NULL);
 }
@@ -782,9 +776,9 @@ static void pause_ms(long ms)
 static void test_cancel(void)
 {
     model m = distinct_model(2000);
-    drain d = { .saver = make_saver(NULL) };
+    drain d = {.saver = make_saver(NULL)};
     pthread_t thread;
-    ps_error err = { 0 };
+    ps_error err = {0};
     int pair[2];
     int fd = temporary();
 
@@ -805,8 +799,7 @@ static void test_cancel(void)
     /* The second pass. */
     d.saver = save_stream(&m.s, NULL, UINT64_MAX);
     ps_saver_cancel(d.saver);
-    CHECK(ps_saver_write(d.saver, fd, uuid, parent, &err) ==
-          PS_ERR_CANCELLED);
+    CHECK(ps_saver_write(d.saver, fd, uuid, parent, &err) == PS_ERR_CANCELLED);
     drop_saver(d.saver);
     close(fd);
     model_free(&m);
@@ -828,7 +821,7 @@ static uint64_t resident(void)
 /* Feed what is in the stream and start it anew. */
 static void feed(ps_saver *saver, stream *s)
 {
-    ps_error err = { 0 };
+    ps_error err = {0};
 
     CHECK_MSG(ps_saver_feed(saver, s->data, s->length, &err) == PS_OK, "%s",
               err.message);
@@ -848,7 +841,7 @@ static void begin_guest(stream *s, uint64_t pages)
 
 static void end_guest(ps_saver *saver, stream *s)
 {
-    ps_error err = { 0 };
+    ps_error err = {0};
 
     put_eos(s);
     put_ram_end(s);
@@ -860,12 +853,11 @@ static void end_guest(ps_saver *saver, stream *s)
 /* Many distinct pages: the worst case for the tables. */
 static void test_memory(void)
 {
-    const ps_saver_options options = { .pages_per_block = 1,
-                                       .zstd_level = INT32_MIN,
-                                       .threads = 2 };
+    const ps_saver_options options = {
+        .pages_per_block = 1, .zstd_level = INT32_MIN, .threads = 2};
     const uint64_t pages = SANITIZED ? 20000 : 100000;
     ps_saver *saver = make_saver(&options);
-    stream s = { .footers = true };
+    stream s = {.footers = true};
     uint8_t page[PS_PAGE_SIZE];
     ps_saver_stats stats;
     uint64_t before = 0;
@@ -914,7 +906,7 @@ static void test_sparse(void)
     const uint64_t run = 64;
     const uint64_t runs = 64; /* 16 MiB in all */
     ps_saver *saver = make_saver(NULL);
-    stream s = { .footers = true };
+    stream s = {.footers = true};
     uint8_t page[PS_PAGE_SIZE];
     ps_saver_stats stats;
     ps_image_info info;
@@ -955,8 +947,7 @@ static void test_sparse(void)
     CHECK(info.index_bytes < (1u << 20));
     printf("64 GiB guest, %llu MiB used: file %.1f MiB, index %.2f MiB, "
            "saver's memory %.1f MiB\n",
-           (unsigned long long)(used >> 8),
-           (double)info.file_bytes / 1048576.0,
+           (unsigned long long)(used >> 8), (double)info.file_bytes / 1048576.0,
            (double)info.index_bytes / 1048576.0,
            (double)stats.memory_bytes / 1048576.0);
     ps_image_destroy(image);

@@ -33,7 +33,7 @@ _STATUS_TIMEOUT = 5.0
 _PIPE_WIDTH = 200
 
 
-class ResultNotTaken(Exception):  # noqa: N818 - no error: `| head` has seen enough
+class ResultNotTaken(Exception):
     """Who reads stdout has gone."""
 
 

@@ -12,9 +12,8 @@ import json
 import sys
 from typing import Any
 
-from qemu_pagesaver.restore import restore_async
-
 from qemu_pagesaver.report import Silent
+from qemu_pagesaver.restore import restore_async
 
 
 class Printer(Silent):

@@ -70,8 +70,8 @@ class Qmp:
         name: str,
         /,
         deadline: float = DEADLINE,
-        **arguments: Any,  # noqa: ANN401 JSON has no better type
-    ) -> Any:  # noqa: ANN401
+        **arguments: Any,
+    ) -> Any:
         """Answer of NAME; in arguments, write '_' for '-'."""
         request: dict[str, Any] = {"execute": name}
         if arguments:

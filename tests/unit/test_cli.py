@@ -63,7 +63,7 @@ class Ran:
         self.err = err
 
     @property
-    def document(self) -> Any:  # noqa: ANN401 - any JSON
+    def document(self) -> Any:
         return json.loads(self.out)
 
 

@@ -31,14 +31,14 @@ def path_with_qemu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return binary
 
 
-def plan(*argv: str, **options: Any) -> Plan:  # noqa: ANN401 - as plan() has
+def plan(*argv: str, **options: Any) -> Plan:
     options.setdefault("qmp_socket", "/run/x/qmp.sock")
     options.setdefault("run_dir", RUN)
     options.setdefault("debug_threads", False)
     return command_line.plan([QEMU, *argv], **options)
 
 
-def started(*argv: str, **options: Any) -> list[str]:  # noqa: ANN401 - likewise
+def started(*argv: str, **options: Any) -> list[str]:
     """Return the planned arguments without the binary and without our own."""
     arguments = list(plan(*argv, **options).argv[1:])
     return arguments[: arguments.index("-chardev", -7)]

@@ -34,7 +34,7 @@ def chain(tmp_path: Path) -> Disk:
     return Disk(node="n", device="virtio0", read_only=False, layers=layers)
 
 
-def disk(*names: str, **options: Any) -> Disk:  # noqa: ANN401 - as Disk has
+def disk(*names: str, **options: Any) -> Disk:
     layers = tuple(
         Layer(filename=name, format="qcow2", size=1, mtime_ns=1, inode=1)
         for name in names
