@@ -1770,8 +1770,10 @@ static int serve(ps_pager *pager, ps_error *err)
         if (r) {
             return r;
         }
-        if (get_state(pager) == PS_PAGER_DONE || cancelled(pager)) {
-            continue;
+        if (get_state(pager) == PS_PAGER_DONE || cancelled(pager) ||
+            (pager->in_at < pager->in_length &&
+             pager->request_count < REQUESTS)) {
+            continue; /* the last: more was received than there was room for */
         }
         r = wait_once(pager, err);
         if (r) {
