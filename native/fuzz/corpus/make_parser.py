@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Write the seeds of fuzz_parser: one small stream for each protocol phase.
 
-    python3 make_parser.py [DIRECTORY]     (default: parser/ beside this file)
+python3 make_parser.py [DIRECTORY]     (default: parser/ beside this file)
 """
 
 import struct
@@ -148,7 +148,17 @@ def seeds() -> Iterator[tuple[str, bytes]]:
     yield "whole-padding", WHOLE + b"\0" + DESCRIPTION + bytes(100)
     yield (
         "whole-no-footers",
-        HEADER + start() + LIST + EOS + PART + PAGES + EOS + END + DEVICE + b"\0" + DESCRIPTION,
+        HEADER
+        + start()
+        + LIST
+        + EOS
+        + PART
+        + PAGES
+        + EOS
+        + END
+        + DEVICE
+        + b"\0"
+        + DESCRIPTION,
     )
 
 

@@ -725,6 +725,9 @@ void kernel_main(uint32_t magic, const multiboot_info *info)
             line[length] = 0;
             length = 0;
             carry_out(line);
+            if (control->spin.on) {
+                spin_some(); /* commands that come fast do not stop it */
+            }
         } else if (c != '\r' && length < sizeof(line) - 1) {
             line[length++] = c;
         }
