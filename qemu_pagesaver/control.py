@@ -294,12 +294,14 @@ def _end_abandoned(path: Path, owner: str) -> None:
     if not starter.exists() or _is_alive(starter.read_text()):
         return
     pid = int(owner.partition("-")[0])
-    with contextlib.suppress(errors.PagesaverError, ProcessLookupError):
-        with ProcessWatch(pid) as watch:
-            # Now that it is held it cannot become another process.
-            if _is_alive(owner):
-                os.kill(pid, signal.SIGKILL)
-                watch.ended(_KILL_TIMEOUT)
+    with (
+        contextlib.suppress(errors.PagesaverError, ProcessLookupError),
+        ProcessWatch(pid) as watch,
+    ):
+        # Now that it is held it cannot become another process.
+        if _is_alive(owner):
+            os.kill(pid, signal.SIGKILL)
+            watch.ended(_KILL_TIMEOUT)
 
 
 def make_guest_directory() -> Path:

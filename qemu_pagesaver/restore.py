@@ -78,6 +78,8 @@ class Target:
         disk_dir: Where overlays over frozen disks go.
         socket_dir: Where QEMU is to listen for its migration; a directory that
             QEMU's user may write to.
+        hostfwd: Forwarded ports (as of ``-netdev user``) instead of the recorded
+            ones, whose host side would otherwise be any free port.
     """
 
     attach: str | None = None
@@ -88,6 +90,7 @@ class Target:
     trust: bool = False
     disk_dir: str | None = None
     socket_dir: str | None = None
+    hostfwd: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         """Check that the values go together.
@@ -95,10 +98,14 @@ class Target:
         Raises:
             UsageError: They do not.
         """
-        if self.attach is not None and (self.qmp or self.qemu or self.args):
+        starts = self.qmp or self.qemu or self.args or self.hostfwd
+        if self.attach is not None and starts:
             raise errors.UsageError(
-                "--attach uses a QEMU that runs; --qmp, --qemu and `--` start one"
+                "--attach uses a QEMU that runs; --qmp, --qemu, --hostfwd and `--` "
+                "start one"
             )
+        if self.args is not None and self.hostfwd:
+            raise errors.UsageError("say forwarded ports in the command line itself")
         if self.args is not None and self.qemu:
             raise errors.UsageError("--qemu and a command line exclude each other")
 
@@ -119,6 +126,7 @@ def restore(
     trust: bool = False,
     disk_dir: str | None = None,
     socket_dir: str | None = None,
+    hostfwd: Sequence[str] | None = None,
     report: Report | None = None,
 ) -> RestoreResult:
     """Synchronous :func:`restore_async`; the first Ctrl-C loads the rest."""
@@ -138,6 +146,7 @@ def restore(
             trust=trust,
             disk_dir=disk_dir,
             socket_dir=socket_dir,
+            hostfwd=hostfwd,
             report=report,
         )
     )
@@ -159,6 +168,7 @@ async def restore_async(
     trust: bool = False,
     disk_dir: str | None = None,
     socket_dir: str | None = None,
+    hostfwd: Sequence[str] | None = None,
     report: Report | None = None,
 ) -> RestoreResult:
     """Restore a guest and stay until all of it is loaded, or QEMU ends.
@@ -180,6 +190,7 @@ async def restore_async(
         trust=trust,
         disk_dir=disk_dir,
         socket_dir=socket_dir,
+        hostfwd=None if hostfwd is None else tuple(hostfwd),
     )
     options = Delivery(
         prefetch=prefetch,
@@ -409,6 +420,8 @@ def _command(
         run_dir=directory,
         qemu=target.qemu,
         machine=snapshot.machine,
+        cwd=meta.working_directory,
+        hostfwd=target.hostfwd,
         disk_map=disk_state.disk_map(disks, overlays),
         known_files=disk_state.known_files(disks),
         trust=target.trust,
@@ -776,8 +789,9 @@ def _detached() -> None:
     pipe = _Pipe(1)
     status_file = order["status-file"]
     target = dict(order["target"])
-    if target["args"] is not None:
-        target["args"] = tuple(target["args"])
+    for name in ("args", "hostfwd"):
+        if target[name] is not None:
+            target[name] = tuple(target[name])
     try:
         result = asyncio.run(
             _restore(

@@ -247,6 +247,7 @@ class _Guest:
     architecture: str | None
     binary: str | None
     arguments: tuple[str, ...] | None
+    directory: str | None
     capabilities: tuple[str, ...]
     hotplugged: tuple[dict[str, str], ...]
     notes: tuple[str, ...]
@@ -285,6 +286,7 @@ async def _examine(
     state = (await qmp.execute("query-status"))["status"]
     _require_saveable(qmp, state)
     arguments: tuple[str, ...] | None = None
+    directory: str | None = None
     raw: Sequence[str] = ()
     if found is None:
         notes.append(
@@ -293,6 +295,10 @@ async def _examine(
         )
     else:
         raw = command_line.read(found)
+        # Of another user's process it cannot be seen; then relative names in the
+        # command line are refused at the restore.
+        with contextlib.suppress(errors.IoError):
+            directory = command_line.working_directory(found)
         recorded = command_line.record(raw)
         arguments = tuple(recorded.argv)
         notes.extend(recorded.notes)
@@ -322,6 +328,7 @@ async def _examine(
         architecture=(await qmp.execute("query-target")).get("arch"),
         binary=process.binary_name(found) if found is not None else None,
         arguments=arguments,
+        directory=directory,
         capabilities=tuple(sorted(name for name, on in capabilities.items() if on)),
         hotplugged=tuple(hotplugged),
         notes=tuple(notes),
@@ -571,6 +578,7 @@ def _meta(
         architecture=guest.architecture,
         run_state="running" if guest.running else "paused",
         command_line=guest.arguments,
+        working_directory=guest.directory,
         qemu_binary=guest.binary,
         capabilities=guest.capabilities,
         disks=disks.documents,

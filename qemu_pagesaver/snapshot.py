@@ -53,6 +53,7 @@ class Meta:
     architecture: str | None = None
     run_state: str | None = None
     command_line: tuple[str, ...] | None = None
+    working_directory: str | None = None
     qemu_binary: str | None = None
     capabilities: tuple[str, ...] = ()
     disks: tuple[Mapping[str, Any], ...] = ()

@@ -19,7 +19,6 @@
  * (source_return_path_thread), read in 7.2 and 10.0.
  */
 #include <errno.h>
-#include <fcntl.h>
 #include <linux/sockios.h>
 #include <pthread.h>
 #include <stdatomic.h>
@@ -58,9 +57,6 @@
 /* Enough to keep QEMU busy while we are scheduled, 0.4 ms of its time. */
 #define FINISH_IN_FLIGHT KIB(512)
 #define FIRST_IN_FLIGHT MIB(1)
-/* How long to wait in recv(), and for how long after a fault to do so. */
-#define RECEIVE_WAIT MS(10)
-#define FAULTS_FOLLOW MS(50)
 /* Work between two looks at the socket when nothing is found to send. */
 #define COLLECT_LEAVES 4u
 #define WALK_STEPS 2048u
@@ -200,8 +196,6 @@ struct ps_pager {
     struct channel preempt;
     struct channel *urgent; /* where requested pages go */
     int epoll_fd;
-    bool blocking;   /* recv() waits, for RECEIVE_WAIT */
-    int flags;       /* of the socket as it came, to be put back */
     bool poll_drain; /* EPOLLOUT says nothing about what QEMU has read */
     bool preempt_over;
     uint64_t bound; /* of bytes in flight, now */
@@ -775,9 +769,8 @@ static int parse_received(ps_pager *pager, ps_error *err)
     return PS_OK;
 }
 
-/* Look at the return path, once: with MSG_DONTWAIT in flags, or for
-   RECEIVE_WAIT at most. */
-static int receive_flags(ps_pager *pager, int flags, ps_error *err)
+/* Look at the return path, once, without waiting. */
+static int receive(ps_pager *pager, ps_error *err)
 {
     ssize_t n;
     int r = parse_received(pager, err);
@@ -787,7 +780,7 @@ static int receive_flags(ps_pager *pager, int flags, ps_error *err)
         return r;
     }
     do {
-        n = recv(pager->main.fd, pager->received, RECEIVE_BYTES, flags);
+        n = recv(pager->main.fd, pager->received, RECEIVE_BYTES, MSG_DONTWAIT);
     } while (n < 0 && errno == EINTR);
     if (n == 0 || (n < 0 && errno == ECONNRESET)) {
         return closed(pager, err);
@@ -802,11 +795,6 @@ static int receive_flags(ps_pager *pager, int flags, ps_error *err)
     pager->in_length = (size_t)n;
     pager->in_at = 0;
     return parse_received(pager, err);
-}
-
-static int receive(ps_pager *pager, ps_error *err)
-{
-    return receive_flags(pager, MSG_DONTWAIT, err);
 }
 
 /* --------------------------------------------------------------- writing */
@@ -1673,23 +1661,6 @@ static int handle_event(ps_pager *pager, const struct epoll_event *event,
     return PS_OK;
 }
 
-/*
- * While faults come one after the other we wait for the next in recv(): coming
- * back through epoll costs a fault 4 to 6 us, a fifth of the whole. Commands
- * and timers then have to wait for RECEIVE_WAIT at most.
- */
-static bool wait_in_receive(const ps_pager *pager)
-{
-    uint64_t last = ps_counter_get(&pager->stats.last_fault_at);
-
-    return pager->blocking && !pager->again && !pager->main.blocked &&
-           !pager->main.drain && !pager->preempt.blocked &&
-           pager->in_at == pager->in_length &&
-           pager->request_count < REQUESTS && last != 0 &&
-           pager->now - last < FAULTS_FOLLOW &&
-           (!pager->wake_at || pager->wake_at > pager->now + 2 * RECEIVE_WAIT);
-}
-
 static int wait_once(ps_pager *pager, ps_error *err)
 {
     struct epoll_event events[3];
@@ -1697,11 +1668,6 @@ static int wait_once(ps_pager *pager, ps_error *err)
     uint32_t want = pager->main.blocked || pager->main.drain ? EPOLLOUT : 0;
     int n, r;
 
-    if (wait_in_receive(pager)) {
-        r = receive_flags(pager, 0, err);
-        pager->now = now_ns();
-        return r;
-    }
     if (pager->in_at == pager->in_length && pager->request_count < REQUESTS) {
         want |= EPOLLIN;
     }
@@ -1796,31 +1762,6 @@ static int add_to_epoll(ps_pager *pager, int fd, struct channel *channel,
     return PS_OK;
 }
 
-/* Let recv() wait, but not for long. Where that is refused epoll does it. */
-static void set_blocking(ps_pager *pager)
-{
-    struct timeval wait = {.tv_usec = RECEIVE_WAIT / 1000};
-    int fd = pager->main.fd;
-
-    pager->flags = fcntl(fd, F_GETFL);
-    pager->blocking =
-        pager->flags >= 0 &&
-        setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &wait, sizeof(wait)) == 0 &&
-        fcntl(fd, F_SETFL, pager->flags & ~O_NONBLOCK) == 0;
-}
-
-static void restore_blocking(ps_pager *pager)
-{
-    struct timeval wait = {0};
-
-    if (pager->blocking) {
-        (void)setsockopt(pager->main.fd, SOL_SOCKET, SO_RCVTIMEO, &wait,
-                         sizeof(wait));
-        (void)fcntl(pager->main.fd, F_SETFL, pager->flags);
-        pager->blocking = false;
-    }
-}
-
 static int start(ps_pager *pager, ps_error *err)
 {
     struct background *background = &pager->background;
@@ -1878,12 +1819,10 @@ int ps_pager_run(ps_pager *pager, ps_error *err)
         atomic_store(&pager->cpu_clock, (int64_t)clock);
     }
     set_state(pager, PS_PAGER_SERVING);
-    set_blocking(pager);
     r = start(pager, err);
     if (!r) {
         r = serve(pager, err);
     }
-    restore_blocking(pager);
     if (r) {
         set_state(pager, PS_PAGER_FAILED);
     }

@@ -125,9 +125,6 @@ static void add_block(const char *text)
     block->offset = offset;
     block->length = length;
     block->sent = calloc(length / PAGE + 1, 1);
-    if (!block->sent) {
-        die(text);
-    }
 }
 
 /* One section with one page, in one system call where the socket has room. */
@@ -198,7 +195,8 @@ static void serve(int fd, uint32_t id, bool footers)
                 block = find(data + 13, data[12]);
             }
             start = get_be(data, 8);
-            if (!block || start % PAGE || start >= block->length) {
+            if (!block || !block->sent || start % PAGE ||
+                start >= block->length) {
                 die("request out of range");
             }
             faults++;
@@ -219,10 +217,9 @@ static void serve(int fd, uint32_t id, bool footers)
 
 static int compare(const void *a, const void *b)
 {
-    unsigned long long x = *(const unsigned long long *)a;
-    unsigned long long y = *(const unsigned long long *)b;
+    const unsigned long long *x = a, *y = b;
 
-    return (x > y) - (x < y);
+    return (*x > *y) - (*x < *y);
 }
 
 int main(int argc, char **argv)
@@ -231,8 +228,7 @@ int main(int argc, char **argv)
     size_t n;
 
     if (argc < 6) {
-        fprintf(stderr, "usage: floor_pager SOCKET FLATFILE SECTION-ID "
-                        "FOOTERS NAME:OFFSET:LENGTH ..\n");
+        fprintf(stderr, "floor_pager: see the comment in its source\n");
         return 2;
     }
     load(argv[2]);

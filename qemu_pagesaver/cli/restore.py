@@ -61,6 +61,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the guest stands still (`cont` starts it)",
     )
     which.add_argument(
+        "--hostfwd",
+        metavar="RULE",
+        action="append",
+        help="forward this port, as -netdev user does (tcp::2222-:22), instead of "
+        "the recorded ones; repeat for more",
+    )
+    which.add_argument(
         "--detach",
         action="store_true",
         help="return when the guest runs; a pager stays and ends by itself",
@@ -93,6 +100,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
         "trust": args.trust,
         "disk_dir": args.disk_dir,
         "socket_dir": args.socket_dir,
+        "hostfwd": None if args.hostfwd is None else tuple(args.hostfwd),
     }
     how = options(args) | {"preempt": args.preempt}
     if args.detach:

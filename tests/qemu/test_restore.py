@@ -427,3 +427,50 @@ def qemus_in(runtime: Path) -> list[int]:
         if f"path={runtime}/".encode() in line and is_alive(int(process.name)):
             found.append(int(process.name))
     return found
+
+
+@pytest.fixture
+def huge_pages() -> Iterator[None]:
+    """Some 2 MiB pages for a while."""
+    pool = Path("/proc/sys/vm/nr_hugepages")
+    before = pool.read_text()
+    try:
+        pool.write_text("160")
+    except OSError as error:
+        qemus.lacking(f"no huge pages can be had here: {error}")
+    try:
+        if int(pool.read_text()) < 160:
+            qemus.lacking("not enough huge pages can be had here")
+        yield
+    finally:
+        pool.write_text(before)
+
+
+@pytest.mark.usefixtures("huge_pages")
+@pytest.mark.parametrize("preempt", ["off", "on"])
+def test_memory_of_huge_pages(
+    saved: Saved, runtime: Path, vms: Vms, preempt: str
+) -> None:
+    """Whole host pages at once, on demand, and after the pager was killed."""
+    backend = "memory-backend-memfd,id=pc.ram,size=128M,hugetlb=on,share=off"
+    vm = vms.start(
+        Vm(
+            saved.qemu,
+            "pattern",
+            incoming=True,
+            machine="pc,memory-backend=pc.ram",
+            extra=("-object", backend),
+        )
+    )
+    attach = (saved.running, "--attach", vm.qmp_path)
+    options = ("--background", "off", "--preempt", preempt)
+    with Restoring("restore", *attach, *options, runtime=runtime) as restoring:
+        restoring.wait_running()
+        restoring.running = None
+        vm.pattern.check(7, 0, 1000)
+        restoring.process.kill()
+        restoring.process.wait()
+    found = cli("--json", "recover", *attach, runtime=runtime)
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout)["complete"]
+    check(vm.pattern)
