@@ -79,7 +79,6 @@ def run(directory: Path) -> None:
             )
         )
         say("Save it as QEMU does")
-        vm.qmp.command("stop")
         vm.save_stream(stream)
         vm.qmp.command("cont")
         vm.qmp.wait_status("running")

@@ -10,9 +10,10 @@ pid that is used again is another guest)
 - ``.sock``: the control socket, JSON lines: one request, answers until
   ``return`` or ``error``;
 
-and for each QEMU that we started a directory ``guest-TOKEN`` with the sockets that
-were put there. Its file ``owner`` has the key of the process it lives with, the file
-``starter`` that of the process that started it and was to bring the guest.
+and for each QEMU that we started a directory ``guest-STARTER-TOKEN`` (the key of the
+process that started it) with the sockets that were put there. Its file ``owner`` has
+QEMU's key, and appears when the guest may run from then on: without it, and without
+the starter, QEMU waits for a guest that nobody brings, and is ended.
 
 A record whose guest has ended is stale; whoever finds it removes it. A record
 whose guest lives but whose lock is free belongs to a lost pager: ``recover``
@@ -32,6 +33,7 @@ import signal
 import socket
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -44,8 +46,8 @@ RUNTIME_VARIABLE = "QEMU_PAGESAVER_RUNTIME_DIR"
 _SUFFIXES = (".json", ".sock", ".lock")
 _GUEST_PREFIX = "guest-"
 _OWNER = "owner"
-_STARTER = "starter"
 _KILL_TIMEOUT = 5.0
+_LOCK_RETRY = 0.02
 _MAX_REQUEST = 4096
 _MAX_ANSWER = 1 << 20
 _MAX_RECORD = 1 << 20
@@ -132,7 +134,7 @@ class Record:
         preempt: Whether QEMU expects the second channel.
         page_sizes: Of each RAM block's memory, in the snapshot's order.
         capabilities: Migration capabilities to be put back at the end.
-        directory: ``guest-TOKEN`` of a QEMU that we started, or "".
+        directory: ``guest-..`` of a QEMU that we started, or "".
     """
 
     pid: int
@@ -191,7 +193,7 @@ def list_guests() -> list[Running]:
             _remove_stale(record)
             continue
         found.append(Running(record=record, served=_is_locked(record.key)))
-    _remove_orphans({item.record.key for item in found})
+    _remove_orphans()
     return found
 
 
@@ -237,7 +239,7 @@ def _is_locked(key: str) -> bool:
     except FileNotFoundError:
         return False
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     finally:
@@ -253,16 +255,15 @@ def _remove_stale(record: Record) -> None:
         (runtime_directory() / f"{record.key}{suffix}").unlink(missing_ok=True)
 
 
-def _remove_orphans(known: set[str]) -> None:
+def _remove_orphans() -> None:
     """Remove locks, sockets and directories of processes that have ended."""
     for path in runtime_directory().iterdir():
         if path.name.startswith(_GUEST_PREFIX):
-            _remove_orphaned_directory(path, known)
-        elif (
-            path.suffix in (".lock", ".sock")
-            and not _is_alive(path.stem)
-            and not _is_locked(path.stem)
-        ):
+            _remove_orphaned_directory(path)
+            continue
+        key = path.name.partition(".")[0]
+        ours = path.suffix in (".lock", ".sock", ".new")
+        if ours and not _is_alive(key) and not _is_locked(key):
             path.unlink(missing_ok=True)
 
 
@@ -274,53 +275,52 @@ def _is_alive(key: str) -> bool:
     return start_time(int(pid)) == int(started)
 
 
-def _remove_orphaned_directory(path: Path, known: set[str]) -> None:
-    with contextlib.suppress(OSError):
+def _remove_orphaned_directory(path: Path) -> None:
+    try:
         owner = (path / _OWNER).read_text()
-        if _is_alive(owner) and owner not in known:
-            _end_abandoned(path, owner)
-        if not _is_alive(owner):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _end_abandoned(path: Path, owner: str) -> None:
-    """End a QEMU whose starter was killed before it could bring the guest.
-
-    From before the guest runs until it has everything there is a record, and
-    then the starter's mark goes. With the mark, and without a record and the
-    starter, the guest never ran: that QEMU would wait for ever.
-    """
-    starter = path / _STARTER
-    if not starter.exists() or _is_alive(starter.read_text()):
-        return
-    pid = int(owner.partition("-")[0])
-    with (
-        contextlib.suppress(errors.PagesaverError, ProcessLookupError),
-        ProcessWatch(pid) as watch,
-    ):
-        # Now that it is held it cannot become another process.
+    except OSError:
+        # Never owned: its guest did not run. Its starter is in its name.
+        owner = path.name.removeprefix(_GUEST_PREFIX).rpartition("-")[0]
         if _is_alive(owner):
-            os.kill(pid, signal.SIGKILL)
-            watch.ended(_KILL_TIMEOUT)
+            return
+        _end_abandoned(path)
+    if not _is_alive(owner):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _end_abandoned(directory: Path) -> None:
+    """End the QEMU whose starter was killed before it could bring the guest.
+
+    It would wait for ever. It is known by its sockets, whose names nobody else has.
+    """
+    argument = f"path={directory}/".encode()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, errors.PagesaverError):
+            if process.stat().st_uid != os.geteuid():
+                continue
+            with ProcessWatch(int(process.name)) as watch:
+                # Now that it is held it cannot become another process.
+                if argument in (process / "cmdline").read_bytes():
+                    os.kill(watch.pid, signal.SIGKILL)
+                    watch.ended(_KILL_TIMEOUT)
 
 
 def make_guest_directory() -> Path:
-    """Make a private directory for the sockets of a QEMU to be started."""
-    path = Path(tempfile.mkdtemp(prefix=_GUEST_PREFIX, dir=runtime_directory()))
-    own_guest_directory(path, os.getpid())
-    (path / _STARTER).write_text(guest_key(os.getpid()))
-    return path
+    """Make a private directory for the sockets of a QEMU to be started.
+
+    Until it is owned it lives as long as this process does.
+    """
+    prefix = f"{_GUEST_PREFIX}{guest_key(os.getpid())}-"
+    return Path(tempfile.mkdtemp(prefix=prefix, dir=runtime_directory()))
 
 
-def own_guest_directory(path: Path, pid: int) -> None:
-    """Let a directory live as long as a process does."""
-    with contextlib.suppress(errors.QemuDied):
-        (path / _OWNER).write_text(guest_key(pid))
+def own_guest_directory(path: Path, key: str) -> None:
+    """Let a directory live as long as a QEMU does, whose guest may run from now on."""
+    (path / _OWNER).write_text(key)
 
 
 def tidy_guest_directory(path: Path) -> None:
-    """Remove a directory of a guest that needs us no more; not its sockets."""
-    (path / _STARTER).unlink(missing_ok=True)
+    """Remove a directory of a guest that needs us no more, unless it has sockets."""
     with contextlib.suppress(FileNotFoundError):
         if [each.name for each in path.iterdir()] == [_OWNER]:
             shutil.rmtree(path)
@@ -336,12 +336,18 @@ def guest_lock(pid: int) -> Iterator[str]:
     """
     key = guest_key(pid)
     path = runtime_directory() / f"{key}.lock"
+    patience = 3
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(fd)
+            # Who only looks holds it for an instant.
+            patience -= 1
+            if patience:
+                time.sleep(_LOCK_RETRY)
+                continue
             record = _read_record(path.with_suffix(".json"))
             who = f" (pid {record.pager})" if record else ""
             raise errors.GuestBusy(

@@ -31,7 +31,6 @@ from qemu_pagesaver.control import (
     ProcessWatch,
     absolute,
     check_socket_path,
-    own_guest_directory,
     tidy_guest_directory,
 )
 from qemu_pagesaver.migration import to_the_end
@@ -490,7 +489,6 @@ async def start(
         shutil.rmtree(directory, ignore_errors=True)
         raise
     report.detail("started: " + " ".join(full))
-    own_guest_directory(directory, process.pid)
     guest = Guest(
         pid=process.pid,
         qmp=None,

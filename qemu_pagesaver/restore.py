@@ -511,6 +511,8 @@ async def _bring_up(
             directory="" if guest.directory is None else str(guest.directory),
         )
         control.write_record(record)
+        if guest.directory is not None:
+            control.own_guest_directory(guest.directory, key)
         pager = delivery.make_pager(snapshot, link, blocks, options, guest)
         pager.send_first(package)
         job = Job(

@@ -9,10 +9,9 @@
  * socket, on which the handshake is done: QEMU has had, or is being sent by
  * the parent, everything up to and including PACKAGED. FLATFILE has the bytes
  * of every RAM block; block NAME has LENGTH bytes at OFFSET. FOOTERS is 1
- * when sections end with footers. It ends when QEMU hangs up, and prints one
- * JSON object: faults, and the latencies of request to write in nanoseconds.
+ * when sections end with footers. When QEMU hangs up it prints one JSON object:
+ * faults, and the latencies of request to write in nanoseconds.
  */
-#include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdbool.h>
@@ -82,7 +81,7 @@ static int open_socket(const char *name)
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     int fd;
 
-    if (isdigit((unsigned char)name[0])) {
+    if (name[0] >= '0' && name[0] <= '9') {
         return atoi(name);
     }
     fd = socket(AF_UNIX, SOCK_STREAM, 0);
@@ -127,7 +126,7 @@ static void add_block(const char *text)
     block->sent = calloc(length / PAGE + 1, 1);
 }
 
-/* One section with one page, in one system call where the socket has room. */
+/* One section with one page, in one system call. */
 static void send_page(int fd, uint32_t id, bool footers, struct block *block,
                       uint64_t start)
 {
@@ -148,7 +147,6 @@ static void send_page(int fd, uint32_t id, bool footers, struct block *block,
     put_be(tail, 0x10, 8); /* RAM_SAVE_FLAG_EOS */
     tail[8] = 0x7e;        /* QEMU_VM_SECTION_FOOTER */
     put_be(tail + 9, id, 4);
-    /* The socket blocks, so it takes all of it or fails. */
     if (sendmsg(fd, &message, MSG_NOSIGNAL) !=
         (ssize_t)(iov[0].iov_len + iov[1].iov_len + iov[2].iov_len)) {
         die("writing to QEMU");
@@ -224,12 +222,11 @@ static int compare(const void *a, const void *b)
 
 int main(int argc, char **argv)
 {
-    int fd, flags;
     size_t n;
+    int fd, flags;
 
     if (argc < 6) {
-        fprintf(stderr, "floor_pager: see the comment in its source\n");
-        return 2;
+        die("see the comment in my source");
     }
     load(argv[2]);
     for (int i = 5; i < argc; i++) {

@@ -52,7 +52,6 @@ def set_capabilities(vm: Vm, states: dict[str, bool]) -> None:
 
 
 def _stock_save(vm: Vm, path: Path, capabilities: dict[str, bool]) -> None:
-    vm.qmp.command("stop")
     set_capabilities(vm, capabilities)
     vm.qmp.command("migrate-set-parameters", max_bandwidth=1 << 40, multifd_channels=2)
     vm.qmp.command("migrate", uri=f"file:{path}")

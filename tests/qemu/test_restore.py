@@ -474,3 +474,49 @@ def test_memory_of_huge_pages(
     assert found.returncode == 0, found.stderr
     assert json.loads(found.stdout)["complete"]
     check(vm.pattern)
+
+
+@pytest.fixture
+def always_huge() -> Iterator[None]:
+    """Transparent huge pages for all memory, anonymous and shared."""
+    place = Path("/sys/kernel/mm/transparent_hugepage")
+    before = {}
+    try:
+        for name in ("enabled", "shmem_enabled"):
+            text = (place / name).read_text()
+            before[name] = text[text.index("[") + 1 : text.index("]")]
+            (place / name).write_text("always")
+        yield
+    except OSError as error:
+        qemus.lacking(f"huge pages cannot be switched here: {error}")
+    finally:
+        for name, value in before.items():
+            (place / name).write_text(value)
+
+
+@pytest.mark.usefixtures("always_huge")
+@pytest.mark.parametrize(
+    "backend",
+    ["memory-backend-ram,prealloc=off", "memory-backend-memfd,share=off"],
+    ids=["anonymous", "shmem"],
+)
+def test_transparent_huge_pages(
+    saved: Saved, runtime: Path, vms: Vms, backend: str
+) -> None:
+    """No huge page may appear around a page that was asked for."""
+    vm = vms.start(
+        Vm(
+            saved.qemu,
+            "pattern",
+            incoming=True,
+            machine="pc,memory-backend=pc.ram",
+            extra=("-object", f"{backend},id=pc.ram,size=128M"),
+        )
+    )
+    attach = (saved.running, "--attach", vm.qmp_path, "--prefetch", "none")
+    with Restoring("restore", *attach, "--background", "2M", runtime=runtime) as made:
+        made.wait_running()
+        made.running = None
+        check(vm.pattern)
+        assert made.finish()["complete"]
+    check(vm.pattern)

@@ -113,7 +113,7 @@ def test_nothing_stays_of_a_guest_that_ended(runtime: Path) -> None:
         control.write_record(make_record(process.pid))
         key = control.guest_key(process.pid)
         directory = control.make_guest_directory()
-        control.own_guest_directory(directory, process.pid)
+        control.own_guest_directory(directory, key)
         for name in (f"{key}.lock", f"{key}.sock", "99999999-1.lock"):
             (runtime / name).touch()
         (runtime / "something-else").touch()
@@ -122,6 +122,34 @@ def test_nothing_stays_of_a_guest_that_ended(runtime: Path) -> None:
         process.kill()
     assert control.list_guests() == []
     assert [each.name for each in runtime.iterdir()] == ["something-else"]
+
+
+def test_an_abandoned_qemu_is_ended(
+    runtime: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only one that nobody will bring a guest any more, and that never ran."""
+    with subprocess.Popen(["sleep", "600"]) as starter:
+        starter_key = control.guest_key(starter.pid)
+        with monkeypatch.context() as patch:
+            patch.setattr(control, "guest_key", lambda _: starter_key)
+            directories = [control.make_guest_directory() for _ in range(2)]
+        line = ["sh", "-c", "sleep 600; :", "path="]
+        made = [
+            subprocess.Popen([*line[:3], f"path={directory}/control"])
+            for directory in directories
+        ]
+        assert control.list_guests() == []
+        assert all(each.poll() is None for each in made)
+        ran = control.guest_key(made[1].pid)
+        control.own_guest_directory(directories[1], ran)
+        starter.kill()
+    control.list_guests()
+    assert made[0].wait(10) == -9
+    assert made[1].poll() is None
+    made[1].kill()
+    made[1].wait()
+    control.list_guests()
+    assert list(runtime.iterdir()) == []
 
 
 def test_a_record_that_nobody_wrote(
