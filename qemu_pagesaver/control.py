@@ -316,7 +316,9 @@ def make_guest_directory() -> Path:
 
 def own_guest_directory(path: Path, key: str) -> None:
     """Let a directory live as long as a QEMU does, whose guest may run from now on."""
-    (path / _OWNER).write_text(key)
+    temporary = path / f".{_OWNER}"
+    temporary.write_text(key)
+    temporary.rename(path / _OWNER)
 
 
 def tidy_guest_directory(path: Path) -> None:

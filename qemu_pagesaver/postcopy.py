@@ -45,6 +45,7 @@ _RAM_NAME = b"ram"
 _RAM_MEM_SIZE = 0x04
 _RAM_EOS = 0x10
 _BITMAP_END = 0x0123456789ABCDEF
+_LOADED = 3
 _RESUME_ACK = 1
 _DISCARD_VERSION = 0
 
@@ -224,7 +225,10 @@ def _discard(block: Block) -> bytes:
 
 
 def package(devices: bytes) -> bytes:
-    """Return the PACKAGED command: listen, device state, run.
+    """Return the PACKAGED command: listen, device state, a ping, run.
+
+    The PONG says that the devices are loaded. Their load may ask for pages, and
+    QEMU reads no more of these after the end of RAM: the pager waits for it.
 
     Args:
         devices: Everything between the end of RAM and EOF, commands included.
@@ -234,14 +238,15 @@ def package(devices: bytes) -> bytes:
     """
     listen = command(Command.POSTCOPY_LISTEN)
     run = command(Command.POSTCOPY_RUN)
-    length = len(listen) + len(devices) + len(run)
+    loaded = ping(_LOADED)
+    length = len(listen) + len(devices) + len(loaded) + len(run)
     if length > PACKAGE_MAX:
         raise errors.StreamUnsupported(
             f"the device state has {len(devices)} bytes, more than QEMU takes at once",
             hint="`convert` the snapshot, and give the stream to QEMU's -incoming.",
         )
     header = command(Command.PACKAGED, struct.pack(">I", length))
-    return b"".join((header, listen, devices, run))
+    return b"".join((header, listen, devices, loaded, run))
 
 
 def recv_bitmap(block: str) -> bytes:

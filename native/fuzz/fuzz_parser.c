@@ -21,21 +21,20 @@ static void require(bool condition, const char *what)
 /* A running hash of all that an event says; reads every byte it points to. */
 static uint64_t digest(uint64_t hash, const ps_event *e)
 {
-    uint64_t fields[] = { hash,
-                          e->type,
-                          e->block,
-                          e->offset,
-                          e->value,
-                          e->page_offset,
-                          e->length,
-                          e->page_size,
-                          e->address,
-                          e->section_id,
-                          e->name_length,
-                          e->data_length,
-                          ps_xxh3_64((const uint8_t *)e->name,
-                                     e->name_length),
-                          ps_xxh3_64(e->data, e->data_length) };
+    uint64_t fields[] = {hash,
+                         e->type,
+                         e->block,
+                         e->offset,
+                         e->value,
+                         e->page_offset,
+                         e->length,
+                         e->page_size,
+                         e->address,
+                         e->section_id,
+                         e->name_length,
+                         e->data_length,
+                         ps_xxh3_64((const uint8_t *)e->name, e->name_length),
+                         ps_xxh3_64(e->data, e->data_length)};
 
     return ps_xxh3_64((const uint8_t *)fields, sizeof(fields));
 }
@@ -50,7 +49,7 @@ static int push(ps_parser *parser, const uint8_t *data, size_t size,
                 result *out, ps_error *err)
 {
     uint8_t *copy = malloc(size ? size : 1);
-    ps_event event = { 0 };
+    ps_event event = {0};
     size_t at = 0;
     int code;
 
@@ -59,8 +58,7 @@ static int push(ps_parser *parser, const uint8_t *data, size_t size,
     do {
         size_t used = 0;
 
-        code = ps_parser_push(parser, copy + at, size - at, &used, &event,
-                              err);
+        code = ps_parser_push(parser, copy + at, size - at, &used, &event, err);
         require(used <= size - at, "used more than there was");
         at += used;
         if (code == PS_OK && event.type != PS_EVENT_NONE) {
@@ -74,11 +72,11 @@ static int push(ps_parser *parser, const uint8_t *data, size_t size,
 
 static result parse(const uint8_t *data, size_t size, bool split)
 {
-    result out = { 0 };
+    result out = {0};
     ps_parser *parser;
     ps_stream_info info;
-    ps_event event = { 0 };
-    ps_error err = { 0 };
+    ps_event event = {0};
+    ps_error err = {0};
     uint32_t random = (uint32_t)size;
     size_t at = 0;
     int code = ps_parser_create(&parser, &err);

@@ -1260,7 +1260,6 @@ int ps_image_read_raw_page(ps_image *image, const ps_block_info *info,
     uint64_t slot = canonical - info->first;
     ps_format_signature want;
     XXH128_hash_t is;
-    char what[48];
     uint64_t at;
     int ret;
 
@@ -1275,9 +1274,8 @@ int ps_image_read_raw_page(ps_image *image, const ps_block_info *info,
         return ret;
     }
     at = info->offset + slot * PS_PAGE_SIZE;
-    snprintf(what, sizeof(what), "locality block %llu",
-             (unsigned long long)info->number);
-    ret = ps_pread_all(image->fd, page, PS_PAGE_SIZE, at, what, err);
+    ret = ps_pread_all(image->fd, page, PS_PAGE_SIZE, at,
+                       "a page of a locality block", err);
     if (ret) {
         return ret;
     }

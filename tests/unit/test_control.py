@@ -133,9 +133,9 @@ def test_an_abandoned_qemu_is_ended(
         with monkeypatch.context() as patch:
             patch.setattr(control, "guest_key", lambda _: starter_key)
             directories = [control.make_guest_directory() for _ in range(2)]
-        line = ["sh", "-c", "sleep 600; :", "path="]
+        line = [sys.executable, "-c", "import time; time.sleep(600)"]
         made = [
-            subprocess.Popen([*line[:3], f"path={directory}/control"])
+            subprocess.Popen([*line, f"path={directory}/control"])
             for directory in directories
         ]
         assert control.list_guests() == []

@@ -101,8 +101,8 @@ def test_capabilities_are_left_out(given: bytes, kept: bytes) -> None:
 def test_package() -> None:
     data = postcopy.package(b"DEVICES")
     assert data == (
-        b"\x08\x00\x07\x00\x04" + struct.pack(">I", 17) + b"\x08\x00\x04\x00\x00DEVICES"
-        b"\x08\x00\x05\x00\x00"
+        b"\x08\x00\x07\x00\x04" + struct.pack(">I", 26) + b"\x08\x00\x04\x00\x00DEVICES"
+        b"\x08\x00\x02\x00\x04\x00\x00\x00\x03\x08\x00\x05\x00\x00"
     )
 
 
