@@ -47,15 +47,15 @@ uint64_t ps_xxh3_64(const uint8_t *data, size_t length);
 enum ps_page_class {
     PS_CLASS_ABSENT = 0, /* never sent, not part of the snapshot */
     PS_CLASS_ZERO = 1,
-    PS_CLASS_FILL = 2, /* a repeated unit of 1, 2, 4 .. 64 bytes */
-    PS_CLASS_DATA = 3, /* a reference to a canonical page */
+    PS_CLASS_FILL = 2,  /* a repeated unit of 1, 2, 4 .. 64 bytes */
+    PS_CLASS_DATA = 3,  /* a reference to a canonical page */
     PS_CLASS_LEAF = 15, /* top map only: a reference to a leaf */
 };
 
 typedef struct ps_page_info {
-    uint32_t page_class; /* ZERO, FILL or DATA */
-    uint32_t unit_log2;  /* FILL: log2 of the smallest unit, 0..6 */
-    uint64_t signature_low;  /* DATA: XXH3-128 of the 4096 bytes */
+    uint32_t page_class;    /* ZERO, FILL or DATA */
+    uint32_t unit_log2;     /* FILL: log2 of the smallest unit, 0..6 */
+    uint64_t signature_low; /* DATA: XXH3-128 of the 4096 bytes */
     uint64_t signature_high;
 } ps_page_info;
 
@@ -70,12 +70,12 @@ enum ps_event_type {
     PS_EVENT_NONE = 0,          /* all input consumed: push more */
     PS_EVENT_HEADER = 1,        /* value = stream version */
     PS_EVENT_CONFIGURATION = 2, /* data = the raw section, 0x07 included */
-    PS_EVENT_SECTION = 3, /* a RAM section starts: value = section type
-                             (1 START, 2 PART, 3 END), section_id, name,
-                             instance and version where START tells them */
-    PS_EVENT_BLOCK = 4,   /* of the RAM block list: block (its index from 0),
-                             name, length, page_size (0: not told), address
-                             (UINT64_MAX: not told) */
+    PS_EVENT_SECTION = 3,       /* a RAM section starts: value = section type
+                                   (1 START, 2 PART, 3 END), section_id, name,
+                                   instance and version where START tells them */
+    PS_EVENT_BLOCK = 4,      /* of the RAM block list: block (its index from 0),
+                                name, length, page_size (0: not told), address
+                                (UINT64_MAX: not told) */
     PS_EVENT_BLOCKS_END = 5, /* value = total RAM bytes */
     PS_EVENT_ZERO = 6,       /* block, page_offset */
     PS_EVENT_PAGE = 7,       /* block, page_offset, data (4096 bytes) */
@@ -111,10 +111,10 @@ typedef struct ps_stream_info {
     uint32_t ram_section_id;
     uint32_t ram_instance;
     uint32_t ram_version;
-    uint8_t footers;       /* sections end with 0x7e + id */
-    uint8_t configuration; /* there is a configuration section */
-    uint8_t description;   /* the JSON description follows the EOF mark */
-    uint8_t postcopy;      /* ADVISE was seen */
+    uint8_t footers;           /* sections end with 0x7e + id */
+    uint8_t configuration;     /* there is a configuration section */
+    uint8_t description;       /* the JSON description follows the EOF mark */
+    uint8_t postcopy;          /* ADVISE was seen */
     uint32_t target_page_bits; /* always 12 here */
 } ps_stream_info;
 
@@ -147,17 +147,17 @@ typedef struct ps_saver_options {
 } ps_saver_options;
 
 typedef struct ps_saver_stats {
-    uint64_t bytes_in;        /* of the stream */
-    uint64_t ram_bytes;       /* of all RAM blocks */
-    uint64_t pages_seen;      /* zero + non-zero records in the stream */
-    uint64_t pages_resent;    /* of these, sent before */
-    uint64_t pages_zero;      /* the four classes, by the last that counts */
+    uint64_t bytes_in;     /* of the stream */
+    uint64_t ram_bytes;    /* of all RAM blocks */
+    uint64_t pages_seen;   /* zero + non-zero records in the stream */
+    uint64_t pages_resent; /* of these, sent before */
+    uint64_t pages_zero;   /* the four classes, by the last that counts */
     uint64_t pages_fill;
-    uint64_t pages_data;      /* canonical pages */
-    uint64_t pages_shared;    /* references beyond the first */
+    uint64_t pages_data;   /* canonical pages */
+    uint64_t pages_shared; /* references beyond the first */
     uint64_t spool_bytes;
-    uint64_t memory_bytes;    /* tables, an upper bound */
-    uint64_t blocks_total;    /* second pass */
+    uint64_t memory_bytes; /* tables, an upper bound */
+    uint64_t blocks_total; /* second pass */
     uint64_t blocks_written;
     uint64_t bytes_out;
 } ps_saver_stats;
@@ -215,15 +215,15 @@ typedef struct ps_image_info {
     uint8_t uuid[16];
     uint8_t parent[16];
     uint64_t file_bytes;
-    uint64_t index_bytes;      /* everything but locality blocks and header */
+    uint64_t index_bytes; /* everything but locality blocks and header */
     uint32_t ram_blocks;
     uint32_t reserved;
-    uint64_t leaves;           /* entries of the top map */
+    uint64_t leaves; /* entries of the top map */
     uint64_t canonical_pages;
     uint64_t locality_blocks;
     uint64_t pages_zero;
     uint64_t pages_fill;
-    uint64_t pages_data;   /* references to canonical pages, all */
+    uint64_t pages_data; /* references to canonical pages, all */
     uint64_t pages_absent;
     uint64_t memory_bytes; /* held by this reader right now */
     ps_stream_info stream;
@@ -255,8 +255,8 @@ typedef struct ps_run {
 int ps_image_open(int fd, ps_image **out, ps_error *err);
 void ps_image_destroy(ps_image *image);
 void ps_image_get_info(const ps_image *image, ps_image_info *out);
-int ps_image_ram_block(const ps_image *image, uint32_t index,
-                       ps_ram_block *out, ps_error *err);
+int ps_image_ram_block(const ps_image *image, uint32_t index, ps_ram_block *out,
+                       ps_error *err);
 /* Length of a section (0 where it is absent); read a checked part of it. */
 uint64_t ps_image_section_length(const ps_image *image, uint32_t type);
 int ps_image_read_section(ps_image *image, uint32_t type, uint64_t offset,
@@ -268,10 +268,10 @@ int ps_image_entries(ps_image *image, uint32_t block, uint64_t first,
 int ps_image_read_pages(ps_image *image, uint32_t block, uint64_t first,
                         uint64_t count, uint8_t *out, ps_error *err);
 /* Runs of equal class from page first on, at most capacity of them;
-   *next is the page after the last run. */
-int ps_image_runs(ps_image *image, uint32_t block, uint64_t first,
-                  ps_run *runs, size_t capacity, size_t *count,
-                  uint64_t *next, ps_error *err);
+ *next is the page after the last run. */
+int ps_image_runs(ps_image *image, uint32_t block, uint64_t first, ps_run *runs,
+                  size_t capacity, size_t *count, uint64_t *next,
+                  ps_error *err);
 
 /* Long work, with progress and cancellation from any thread. */
 typedef struct ps_job {
@@ -328,11 +328,11 @@ enum ps_pager_state {
 };
 
 typedef struct ps_pager_options {
-    int32_t fd;         /* connected stream socket; stays the caller's */
-    int32_t preempt_fd; /* second channel of postcopy-preempt, or -1 */
-    uint32_t prefetch;  /* a ps_prefetch */
-    uint32_t prefetch_window;     /* pages after the requested, at most */
-    uint64_t background_rate;     /* bytes/s; 0: off; UINT64_MAX: no bound */
+    int32_t fd;               /* connected stream socket; stays the caller's */
+    int32_t preempt_fd;       /* second channel of postcopy-preempt, or -1 */
+    uint32_t prefetch;        /* a ps_prefetch */
+    uint32_t prefetch_window; /* pages after the requested, at most */
+    uint64_t background_rate; /* bytes/s; 0: off; UINT64_MAX: no bound */
     uint64_t background_delay_ns; /* quiet time after a fault before it goes
                                      on; grows from 64 KiB to 4 MiB chunks */
     uint64_t in_flight_bytes; /* not yet read by QEMU, beyond requested pages */
@@ -348,15 +348,15 @@ typedef struct ps_pager_block {
 typedef struct ps_pager_stats {
     uint32_t state; /* a ps_pager_state */
     uint32_t reserved;
-    uint64_t faults;           /* requests of QEMU */
-    uint64_t faults_late;      /* of these: all of it on its way already */
-    uint64_t pages_requested;  /* sent, by cause */
+    uint64_t faults;          /* requests of QEMU */
+    uint64_t faults_late;     /* of these: all of it on its way already */
+    uint64_t pages_requested; /* sent, by cause */
     uint64_t pages_prefetched;
     uint64_t pages_background;
-    uint64_t pages_zero_sent;  /* of pages_requested: zero pages */
-    uint64_t pages_total;      /* that need an update, at the start */
+    uint64_t pages_zero_sent; /* of pages_requested: zero pages */
+    uint64_t pages_total;     /* that need an update, at the start */
     uint64_t pages_left;
-    uint64_t pages_avoided;    /* zero over fresh memory, never sent */
+    uint64_t pages_avoided; /* zero over fresh memory, never sent */
     uint64_t bytes_sent;
     uint64_t storage_reads;
     uint64_t storage_bytes;
@@ -376,8 +376,8 @@ void ps_pager_destroy(ps_pager *pager);
 /* Before run: bytes to send first; bytes of the return path read already. */
 int ps_pager_send_first(ps_pager *pager, const uint8_t *data, size_t length,
                         ps_error *err);
-int ps_pager_received_first(ps_pager *pager, const uint8_t *data,
-                            size_t length, ps_error *err);
+int ps_pager_received_first(ps_pager *pager, const uint8_t *data, size_t length,
+                            ps_error *err);
 /* Before run, in recovery: pages QEMU has, a little-endian bitmap. */
 int ps_pager_set_received(ps_pager *pager, uint32_t block,
                           const uint8_t *bitmap, size_t length, ps_error *err);
@@ -395,5 +395,4 @@ int32_t ps_pager_thread(const ps_pager *pager);
 
 /* Median nanoseconds to wake a thread on the same / on another CPU; 0 for
    what cannot be measured here (one CPU only). Takes a few milliseconds. */
-int ps_measure_wakeups(uint64_t *same_cpu, uint64_t *other_cpu,
-                       ps_error *err);
+int ps_measure_wakeups(uint64_t *same_cpu, uint64_t *other_cpu, ps_error *err);

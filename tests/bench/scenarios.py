@@ -27,6 +27,7 @@ from .contenders import (
     set_capabilities,
 )
 from .figures import Table
+from .floor import Floor
 
 MIB = 1 << 20
 
@@ -234,7 +235,6 @@ def scale_table(directory: Path, pairs: int) -> Table:
     return table
 
 
-FLOOR = Path("build/native/tests/floor_pager")
 TOUCHES = 4000
 ARENA_MIB = 256
 
@@ -258,9 +258,14 @@ def first_touches(directory: Path, pairs: int) -> Table:
             page_cache.warm(file)
     source = Source(directory=directory, memory=ARENA_MIB + 32)
     quiet = {"prefetch": "none", "background": "off"}
+    free = {**quiet, "place": "off"}
+    plain, packed = ("touch-plain.psnap",), ("touch-packed.psnap",)
     rows = [
-        Ours(name="ours, uncompressed", files=("touch-plain.psnap",), options=quiet),
-        Ours(name="ours, zstd", files=("touch-packed.psnap",), options=quiet),
+        Floor(),
+        Ours(name="ours, uncompressed, threads free", files=plain, options=free),
+        Ours(name="ours, zstd, threads free", files=packed, options=free),
+        Ours(name="ours, uncompressed, placed", files=plain, options=quiet),
+        Ours(name="ours, zstd, placed", files=packed, options=quiet),
     ]
     for _ in range(pairs):
         for contender in rows:
@@ -278,11 +283,12 @@ def _touch_once(contender: Contender, source: Source, table: Table) -> None:
         touch = vm.pattern.touch(3, 0, ARENA_MIB * 256, TOUCHES)
         vm.kill()
         end = contender.end()
+        seconds: dict[str, float] = end["latency"]
         table.add(
             contender.name,
             guest_p50=touch.p50 / rate * 1e6,
             guest_p99=touch.p99 / rate * 1e6,
             total_ms=touch.total / rate * 1e3,
-            pager_p50=end["latency"]["p50"] * 1e6,
-            pager_p99=end["latency"]["p99"] * 1e6,
+            pager_p50=seconds["p50"] * 1e6,
+            pager_p99=seconds["p99"] * 1e6,
         )
