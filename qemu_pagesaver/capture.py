@@ -1,12 +1,24 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Capture: an outgoing migration of QEMU, read into the C core.
 
-A guest under KVM that is to go on is captured *live*: QEMU sends its memory while it
-runs, then stops it and sends what was written meanwhile, and the devices. So the
-guest waits for a part of its memory instead of all of it, and it is QEMU that stops
-it and lets it go on: if we are killed in the middle, our end of the socket closes,
-the migration fails and the guest runs on by itself. Any other guest is stopped
-first; if we are killed then, it stays paused, and `cont` brings it on.
+A guest that is to go on is captured *live*: QEMU sends its memory while it runs,
+then stops it and sends what was written meanwhile, and the devices. So the guest
+waits for a part of its memory instead of all of it, and it is QEMU that stops it
+and lets it go on: if we are killed in the middle, our end of the socket closes, the
+migration fails and the guest runs on by itself.
+
+That is right only if QEMU notices every write. KVM has it from the processor. TCG
+did not before QEMU 9.0 ("physmem: Fix migration dirty bitmap coherency with TCG
+memory access"; with 7.2 every second save of a busy guest was wrong). Since then one
+window is left, by reading the source: notdirty_write() in accel/tcg/cputlb.c looks at
+a dirty bit and then lets all further writes pass unseen; if QEMU collects the bits
+in between, they are lost. So under TCG the bits are collected only while the guest
+stands still: it is stopped for the moment in which the migration is set up, memory is
+gone over once, and QEMU stops it before it looks again. A QEMU that looks earlier
+(10.1 and later) is noticed: MissedWrites.
+
+Otherwise the guest is stopped first, and if we are killed then, it stays paused and
+`cont` brings it on.
 
 A capture ends in one of two ways:
 
@@ -54,7 +66,7 @@ if TYPE_CHECKING:
     from qemu_pagesaver.qmp import Events, Qmp
     from qemu_pagesaver.report import Report
 
-# A live guest is stopped as soon as the rest takes this long to send, ...
+# Under KVM a live guest is stopped as soon as the rest takes this long to send, ...
 _TARGET_DOWNTIME_MS = 50
 # ... and in any case when its memory has been gone over this often: who writes
 # as fast as we read would never be saved. QEMU counts passes from 1.
@@ -77,7 +89,7 @@ class Pause:
     Attributes:
         total: From its stop until it ran again; where it does not go on, until
             all of its state was read; 0 for one that was paused already.
-        stop: From the stop until its disks were taken care of, ..
+        stop: Setting up, and from the stop until its disks were taken care of, ..
         overlay: .. and how long that took.
         drain: Sending what was left, and the devices.
         resume: Going on.
@@ -90,13 +102,17 @@ class Pause:
     resume: float = 0.0
 
 
+class MissedWrites(Exception):
+    """QEMU may have missed writes of a live guest: capture it stopped."""
+
+
 async def capture(
     qmp: Qmp,
     saver: Saver,
     *,
     running: bool,
     go_on: bool = True,
-    live: bool | None = None,
+    live: bool = True,
     at_standstill: Callable[[], Awaitable[None]] | None = None,
     report: Report,
 ) -> Pause:
@@ -108,8 +124,7 @@ async def capture(
         running: Whether the guest runs now.
         go_on: Whether it is to run on. If not, it is stopped first and stays
             stopped; `cont` would let it go on.
-        live: Whether memory is sent while the guest still runs; None: if QEMU surely
-            notices every write.
+        live: Whether memory may be sent while the guest still runs.
         at_standstill: Called once, while the guest does not run; for its disks.
         report: Gets progress.
 
@@ -118,16 +133,17 @@ async def capture(
         QemuTimeout: QEMU sent nothing for a long time.
         QemuDied: QEMU ended.
         PagesaverError: The stream cannot be used, or the spool not be written.
+        MissedWrites: It is to be done again, not live and with another saver.
     """
     known = await query_capabilities(qmp)
     found = await qmp.execute("query-migrate-parameters")
     # No command tells how a return path is closed; this parameter came with the
     # same release as "migration: Consolidate return path closing code".
     refuse = "avail-switchover-bandwidth" in found
-    if live is None:
-        live = await _tracks_writes(qmp)
-    live = live and running and go_on
-    at_switchover = live and at_standstill is not None and _SWITCHOVER in known
+    kvm = bool((await qmp.execute("query-kvm"))["enabled"])
+    # mapped-ram came with 9.0, like that repair of TCG.
+    live = live and running and go_on and (kvm or (refuse and "mapped-ram" in known))
+    at_switchover = live and at_standstill is not None
     # Whatever changes the stream is off; what changes only when and how fast it
     # comes is off as well.
     capabilities = dict.fromkeys(known, False) | {
@@ -142,13 +158,16 @@ async def capture(
         running=running,
         go_on=go_on,
         live=live,
+        once=live and not kvm,
         refuse=refuse,
         at_standstill=at_standstill,
         at_switchover=at_switchover,
         report=report,
     )
     async with migration_settings(
-        qmp, capabilities=capabilities, parameters=_parameters(found)
+        qmp,
+        capabilities=capabilities,
+        parameters=_parameters(found, once=live and not kvm),
     ):
         try:
             return await session.run()
@@ -159,25 +178,14 @@ async def capture(
             session.close()
 
 
-async def _tracks_writes(qmp: Qmp) -> bool:
-    """Tell whether QEMU surely notices every write of a guest that runs.
-
-    KVM has it from the processor. TCG loses some. Before 9.0 many ("physmem: Fix
-    migration dirty bitmap coherency with TCG memory access"; with 7.2 every second
-    save of a busy guest was wrong). Since then few: notdirty_write() of
-    accel/tcg/cputlb.c looks at the dirty bit and then lets later writes pass; where
-    the bit is cleared in between, they go unseen.
-    """
-    return bool((await qmp.execute("query-kvm"))["enabled"])
-
-
-def _parameters(found: dict[str, Any]) -> dict[str, object]:
+def _parameters(found: dict[str, Any], *, once: bool) -> dict[str, object]:
     """Return the parameters to set, of those that this QEMU has."""
     wanted: dict[str, object] = {
         "max-bandwidth": UNLIMITED_BANDWIDTH,
         # Small for a paused guest too: with much left QEMU would send it while
         # it holds the lock that QMP needs.
-        "downtime-limit": _TARGET_DOWNTIME_MS,
+        # With 0 it goes over memory once, and looks for writes after its stop.
+        "downtime-limit": 0 if once else _TARGET_DOWNTIME_MS,
         "tls-creds": "",
         "mode": "normal",
     }
@@ -197,6 +205,7 @@ class _Session:
         running: bool,
         go_on: bool,
         live: bool,
+        once: bool,
         refuse: bool,
         at_standstill: Callable[[], Awaitable[None]] | None,
         at_switchover: bool,
@@ -207,6 +216,7 @@ class _Session:
         self._running = running
         self._go_on = go_on
         self._live = live
+        self._once = once
         self._refuse = refuse
         self._at_standstill = at_standstill
         self._at_switchover = at_switchover
@@ -216,6 +226,7 @@ class _Session:
         self._drain: asyncio.Future[None] | None = None
         self._stopped_by_us = False
         self._switching = False
+        self._setup = 0.0  # seconds of standing still to set the migration up
         # Wall-clock seconds, as QEMU's events have them.
         self._stopped_at = 0.0
         self._still_begin = 0.0
@@ -229,24 +240,65 @@ class _Session:
             await self._qmp.pass_fd(self._name, self._theirs.fileno())
             # The only other end is QEMU's now, so that we see its end of file.
             self._theirs.close()
-            if self._running and not self._live:
-                self._stopped_by_us = True
-                self._stopped_at = time.time()
-                await self._qmp.execute("stop")
+            if self._once or (self._running and not self._live):
+                await self._stop(events)
             if self._at_standstill is not None and not self._at_switchover:
                 await self._stand_still()
             await self._qmp.execute("migrate", {"uri": f"fd:{self._name}"})
-            if self._refuse and not self._live:
-                self._say_refused()
             loop = asyncio.get_running_loop()
             self._drain = loop.run_in_executor(
                 None, self._saver.drain, self._ours.fileno()
             )
+            if self._once:
+                await self._set_up(events)
+            if self._refuse and not self._live:
+                self._say_refused()
             status = await self._watch(events)
             if self._running and self._go_on:
                 await self._resume(events, status)
             await self._finish(status)
         return self._pause()
+
+    async def _stop(self, events: Events) -> None:
+        self._stopped_by_us = True
+        await self._qmp.execute("stop")
+        try:
+            await self._until("STOP", events)
+        except errors.QemuTimeout:
+            # QEMU tells it before it answers the command.
+            self._stopped_by_us = False
+            raise errors.GuestBusy(
+                "the guest was stopped by somebody else meanwhile"
+            ) from None
+        self._stopped_at = events.time
+
+    async def _until(self, wanted: str, events: Events) -> Any:
+        """Return the data of the next event of that name; drop the others."""
+        while True:
+            name, data = await events.next(timeout=_COMMAND_DEADLINE)
+            if name == wanted:
+                return data
+
+    async def _set_up(self, events: Events) -> None:
+        """Let the guest run again when QEMU has begun to track its writes."""
+        while (
+            status := (await self._until("MIGRATION", events))["status"]
+        ) != "active":
+            if status in ENDED:
+                reason = (await query_migrate(self._qmp)).error
+                raise errors.MigrationFailed(
+                    f"QEMU gave the capture up ({status}): {reason}"
+                )
+        try:
+            await self._qmp.execute("cont")
+        except errors.QemuRefused:
+            # A small guest: all of it is sent already. Then it was captured stopped.
+            self._live = self._once = False
+            return
+        self._stopped_by_us = False
+        await self._until("RESUME", events)
+        self._setup = events.time - self._stopped_at
+        self._stopped_at = 0.0
 
     async def _watch(self, events: Events) -> str:
         """Follow the migration to its end; return the status it ended with."""
@@ -295,6 +347,8 @@ class _Session:
                 if self._refuse and self._live:
                     self._say_refused()
             elif name == "MIGRATION_PASS":
+                if self._once and not self._stopped_at and data.get("pass", 0) > 1:
+                    raise MissedWrites
                 if self._live and data.get("pass", 0) >= _LAST_LIVE_PASS:
                     await self._qmp.execute(
                         "migrate-set-parameters",
@@ -381,9 +435,10 @@ class _Session:
         overlaid = bool(self._still_end)
         sending = self._still_end if overlaid else self._stopped_at
         end = self._resumed_at or self._sent_at
+        waiting = self._still_begin - self._stopped_at if overlaid else 0.0
         return Pause(
-            total=max(0.0, end - self._stopped_at),
-            stop=max(0.0, self._still_begin - self._stopped_at) if overlaid else 0.0,
+            total=self._setup + max(0.0, end - self._stopped_at),
+            stop=self._setup + max(0.0, waiting),
             overlay=max(0.0, self._still_end - self._still_begin),
             drain=max(0.0, self._sent_at - sending),
             resume=max(0.0, end - self._sent_at),

@@ -31,7 +31,7 @@ from qemu_pagesaver import (
 from qemu_pagesaver import (
     disks as disk_state,
 )
-from qemu_pagesaver.capture import Pause, capture
+from qemu_pagesaver.capture import MissedWrites, Pause, capture
 from qemu_pagesaver.files import AtomicFile, is_memory, spool_directory, spool_file
 from qemu_pagesaver.migration import query_capabilities, query_migrate, to_the_end
 from qemu_pagesaver.native import Saver, SaverStats, Section
@@ -42,7 +42,8 @@ from qemu_pagesaver.snapshot import DEFAULT_COMPRESSION, Meta, zstd_level
 from qemu_pagesaver.work import in_thread
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Coroutine, Sequence
+    from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
 DEFAULT_PAGES_PER_BLOCK = 16
 
@@ -134,7 +135,7 @@ def save(
     spool_dir: str | os.PathLike[str] | None = None,
     pid: int | None = None,
     pages_per_block: int = DEFAULT_PAGES_PER_BLOCK,
-    live: bool | None = None,
+    live: bool = True,
     report: Report | None = None,
 ) -> SaveResult:
     """Synchronous :func:`save_async`."""
@@ -164,7 +165,7 @@ async def save_async(
     spool_dir: str | os.PathLike[str] | None = None,
     pid: int | None = None,
     pages_per_block: int = DEFAULT_PAGES_PER_BLOCK,
-    live: bool | None = None,
+    live: bool = True,
     report: Report | None = None,
 ) -> SaveResult:
     """Save the guest behind a QMP socket into a new snapshot file.
@@ -180,9 +181,8 @@ async def save_async(
             ``output``, or in /var/tmp where that is in memory.
         pid: QEMU's process, where a manager owns the socket.
         pages_per_block: Pages in a locality block, a power of two up to 512.
-        live: Whether memory is sent while the guest still runs: the pause is shorter,
-            and the snapshot not of the instant of the call. None: where QEMU surely
-            notices every write (KVM); TCG loses one now and then.
+        live: Whether memory may be sent while the guest still runs: the pause is
+            shorter, and the snapshot not of the instant of the call.
         report: Follows the work.
 
     Raises:
@@ -209,24 +209,28 @@ async def save_async(
                 qmp, pid=pid, quitting=quit, disks=disks, report=report or Silent()
             )
             place = guest.spool(spool_dir, path)
-            with spool_file(place) as spool, spool_file(place) as units:
-                saver = Saver(
-                    spool_fd=spool,
-                    units_fd=units,
-                    pages_per_block=pages_per_block,
-                    zstd_level=level,
-                    threads=max(1, min(len(os.sched_getaffinity(0)), 16)),
-                    name=f"state of QEMU (QMP socket {qmp.path})",
-                )
-                return await _save(
-                    guest,
-                    saver,
-                    target,
-                    quitting=quit,
-                    live=live,
-                    compression=compression,
-                    started=started,
-                )
+
+            @contextlib.contextmanager
+            def open_saver() -> Iterator[Saver]:
+                with spool_file(place) as spool, spool_file(place) as units:
+                    yield Saver(
+                        spool_fd=spool,
+                        units_fd=units,
+                        pages_per_block=pages_per_block,
+                        zstd_level=level,
+                        threads=max(1, min(len(os.sched_getaffinity(0)), 16)),
+                        name=f"state of QEMU (QMP socket {qmp.path})",
+                    )
+
+            return await _save(
+                guest,
+                open_saver,
+                target,
+                quitting=quit,
+                live=live,
+                compression=compression,
+                started=started,
+            )
 
 
 # ------------------------------------------------------- before anything changes
@@ -427,26 +431,38 @@ async def _plugged(
 
 async def _save(
     guest: _Guest,
-    saver: Saver,
+    open_saver: Callable[[], AbstractContextManager[Saver]],
     target: AtomicFile,
     *,
     quitting: bool,
-    live: bool | None,
+    live: bool,
     compression: str,
     started: float,
 ) -> SaveResult:
     report = guest.report
     report.event("started", verb="save", snapshot=str(target.path), pid=guest.pid)
-    async with _Disks(guest) as disks:
-        pause = await capture(
-            guest.qmp,
-            saver,
-            running=guest.running,
-            go_on=not quitting,
-            live=live,
-            at_standstill=disks.at_standstill if disks.concerned else None,
-            report=report,
-        )
+    async with contextlib.AsyncExitStack() as stack:
+        disks = await stack.enter_async_context(_Disks(guest))
+        opened = stack.enter_context(contextlib.ExitStack())
+
+        async def capture_into_new(*, live: bool) -> tuple[Saver, Pause]:
+            saver = opened.enter_context(open_saver())
+            pause = await capture(
+                guest.qmp,
+                saver,
+                running=guest.running,
+                go_on=not quitting,
+                live=live,
+                at_standstill=disks.at_standstill if disks.concerned else None,
+                report=report,
+            )
+            return saver, pause
+
+        try:
+            saver, pause = await capture_into_new(live=live)
+        except MissedWrites:
+            opened.close()
+            saver, pause = await capture_into_new(live=False)
         async with _running_on_failure(guest, stopped=guest.running and quitting):
             if guest.running and not quitting:
                 report.event("running", downtime=pause.total)
@@ -465,9 +481,9 @@ async def _save(
                 await asyncio.to_thread(_record_running, saver)
             identity = uuid.uuid4()
             size = await _write(saver, target, identity, report)
+        stats = saver.stats()
     if quitting:
         await _whatever_comes(_quit(guest, target.path))
-    stats = saver.stats()
     result = SaveResult(
         snapshot=str(target.path),
         bytes=size,

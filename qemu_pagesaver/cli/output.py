@@ -191,12 +191,12 @@ class Output:
             else:
                 self.console().print(text)
             sys.stdout.flush()
-        except BrokenPipeError:
+        except OSError as error:
             # Python would flush again at its end, and complain.
             with contextlib.suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise ResultNotTaken from None
-        except OSError as error:
+            if isinstance(error, BrokenPipeError):
+                raise ResultNotTaken from None
             raise errors.from_os_error(error, "write the result to stdout") from error
 
     def console(self) -> Console:

@@ -357,9 +357,9 @@ def test_no_userfaultfd(runtime: Path) -> None:
         pytest.skip("everybody may use userfaultfd here")
     shutil.chown(runtime, 65534)
     code = (
-        "import os, sys; os.setgid(65534); os.setuid(65534);"
-        "from qemu_pagesaver.guest import userfaultfd_allowed;"
-        "sys.exit(userfaultfd_allowed())"
+        # Imported first: nobody need not be able to read the checkout.
+        "import os, sys; from qemu_pagesaver.guest import userfaultfd_allowed;"
+        "os.setgid(65534); os.setuid(65534); sys.exit(userfaultfd_allowed())"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

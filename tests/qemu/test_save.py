@@ -20,13 +20,15 @@ import pytest
 
 import qemu_pagesaver
 from qemu_pagesaver import capture, disks, errors
-from qemu_pagesaver.save import SaveResult
+from qemu_pagesaver.save import SaveResult, save_async
 from qemu_pagesaver.snapshot import Snapshot
 from tests.conftest import Vms
 from tests.support import pattern
 from tests.support.pattern import ARENA, CONTROL, PAGE, Control, content
 from tests.support.qemus import Qemu
 from tests.support.vm import Vm
+
+save_module = sys.modules[save_async.__module__]
 
 FILLED = (
     ("data", 0, 3000),
@@ -144,9 +146,8 @@ def saved(vm: Vm, path: Path, **options: Any) -> SaveResult:
 
 
 @pytest.fixture(params=[True, False], ids=["live", "stopped"])
-def live(request: pytest.FixtureRequest, qemu: Qemu) -> bool:
-    if request.param and qemu.version == "7.2":
-        pytest.skip("TCG of this QEMU misses writes")
+def live(request: pytest.FixtureRequest) -> bool:
+    """Whether it may be live; where QEMU misses writes it will not be."""
     return bool(request.param)
 
 
@@ -227,6 +228,33 @@ def test_guest_that_writes_as_fast_as_it_can(
     with qemu_pagesaver.open(disk_path / "a.psnap") as snapshot:
         has_memory_by_formula(snapshot, spin=spin)
     assert result.downtime < 10
+
+
+def test_qemu_that_looks_for_writes_too_early(
+    newest_qemu: Qemu, vms: Vms, disk_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What TCG may have missed is not relied on: the guest is captured stopped."""
+    vm = vms.start(Vm(newest_qemu, "pattern", memory=768))
+    fill(vm)
+    vm.pattern.fill(1, 10_000, 120_000)
+    vm.pattern.spin_on(*SPIN)
+    found = settings(vm)
+    set_up = capture._parameters
+    monkeypatch.setattr(capture, "_parameters", lambda p, once: set_up(p, once=False))
+    attempts = []
+    real = save_module.capture
+
+    async def counted(*args: object, live: bool, **more: object) -> object:
+        attempts.append(live)
+        return await real(*args, live=live, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(save_module, "capture", counted)
+    saved(vm, disk_path / "a.psnap")
+    assert attempts == [True, False]
+    assert settings(vm) == found
+    runs_on(vm)
+    with qemu_pagesaver.open(disk_path / "a.psnap") as snapshot:
+        has_memory_by_formula(snapshot)
 
 
 def test_paused_guest_stays_paused(spinning_vm: Vm, disk_path: Path) -> None:
@@ -608,33 +636,13 @@ def test_killed(big_vm: Vm, disk_path: Path, stage: str) -> None:
     process = started(big_vm, disk_path / "a.psnap", stage)
     process.kill()
     process.communicate()
-    if stage == "capture":
+    if stage == "capture" and big_vm.qemu.version == "7.2":
         wait_for(lambda: status(big_vm) in {"paused", "postmigrate"})
         big_vm.qmp.command("cont")
+    wait_for(lambda: status(big_vm) == "running")
     runs_on(big_vm)
     assert sorted(disk_path.iterdir()) == files
     saved(big_vm, disk_path / "b.psnap")
-
-
-LIVE_SAVE = """
-import sys, qemu_pagesaver
-qemu_pagesaver.save(sys.argv[1], sys.argv[2], live=True)
-"""
-
-
-def test_killed_while_live(big_vm: Vm, disk_path: Path) -> None:
-    """QEMU sees that its peer is gone, and the guest goes on by itself."""
-    for delay in (0.2, 0.35, 0.5, 0.65):
-        files = sorted(disk_path.iterdir())
-        process = subprocess.Popen(
-            [sys.executable, "-c", LIVE_SAVE, big_vm.qmp_path, disk_path / "a.psnap"]
-        )
-        time.sleep(delay)
-        process.kill()
-        process.wait()
-        wait_for(lambda: status(big_vm) == "running")
-        runs_on(big_vm)
-        assert sorted(disk_path.iterdir()) == files
 
 
 def test_json_document(spinning_vm: Vm, disk_path: Path) -> None:
@@ -683,8 +691,9 @@ def test_qemu_hangs(
     # Nobody can ask it to go on while it hangs; the user is told how to.
     assert any("`cont`" in note for note in watch.notes)
     os.kill(big_vm.pid, signal.SIGCONT)
-    wait_for(lambda: status(big_vm) in {"paused", "postmigrate"})
-    big_vm.qmp.command("cont")
+    wait_for(lambda: status(big_vm) in {"running", "paused", "postmigrate"})
+    if status(big_vm) != "running":
+        big_vm.qmp.command("cont")
     runs_on(big_vm)
     saved(big_vm, disk_path / "b.psnap")
 
