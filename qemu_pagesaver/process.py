@@ -88,7 +88,10 @@ def _holds_socket(pid: int, path: str) -> bool | None:
             inodes = {i for i, n in names.items() if n.rpartition("/")[2] == name}
         if not inodes:
             return None
-        targets = {str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir()}
+        targets = set()
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                targets.add(str(entry.readlink()))
     except OSError:
         return None
     return any(f"socket:[{inode}]" in targets for inode in inodes)

@@ -148,6 +148,12 @@ class Template(Stock):
             "extra": ["-object", f"memory-backend-file,id=pc.ram,{options}"],
         }
 
+    def begin(self, vm: Vm, source: Source) -> None:
+        super().begin(vm, source)
+        # The template was made of a guest that stood still.
+        vm.qmp.wait_migration("completed")
+        vm.qmp.command("cont")
+
 
 @dataclass
 class Ours(Contender):

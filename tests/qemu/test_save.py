@@ -240,13 +240,13 @@ def test_qemu_that_looks_for_writes_too_early(
     vm.pattern.spin_on(*SPIN)
     found = settings(vm)
     set_up = capture._parameters
-    monkeypatch.setattr(capture, "_parameters", lambda p, once: set_up(p, once=False))
+    monkeypatch.setattr(capture, "_parameters", lambda p, **_: set_up(p, once=False))
     attempts = []
     real = save_module.capture
 
     async def counted(*args: object, live: bool, **more: object) -> object:
         attempts.append(live)
-        return await real(*args, live=live, **more)  # type: ignore[arg-type]
+        return await real(*args, live=live, **more)
 
     monkeypatch.setattr(save_module, "capture", counted)
     saved(vm, disk_path / "a.psnap")
