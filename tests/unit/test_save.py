@@ -132,7 +132,7 @@ def test_process_behind_the_socket(tmp_path: Path) -> None:
 
 
 def test_a_process_holds_its_sockets(tmp_path: Path) -> None:
-    path = tmp_path / "qmp"
+    path = tmp_path / f"qmp-{os.getpid()}"  # no other socket has that name
     assert process._holds_socket(os.getpid(), str(path)) is None
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
