@@ -674,6 +674,9 @@ async def _load(
     if not job.guest.spawned:
         # The user's own socket: others want to use it.
         await job.guest.disconnect()
+    if job.paused and parse_rate(job.options.background) == UNBOUNDED:
+        # It touches nothing, so no fault can be kept waiting.
+        job.pager.finish()
     placing = asyncio.ensure_future(_place(job, placed))
     pages, last = job.pager.stats().pages_background, time.monotonic()
     while not task.done() and not ended.done():

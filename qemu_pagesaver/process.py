@@ -85,7 +85,11 @@ def _holds_socket(pid: int, path: str) -> bool | None:
         if not inodes:
             # The name is as it was given to bind(): perhaps relative to there.
             name = os.path.basename(path)  # noqa: PTH119 - a string of /proc
-            inodes = {i for i, n in names.items() if n.rpartition("/")[2] == name}
+            inodes = {
+                i
+                for i, n in names.items()
+                if not n.startswith("/") and n.rpartition("/")[2] == name
+            }
         if not inodes:
             return None
         targets = set()
