@@ -204,6 +204,7 @@ def save_pause(directory: Path, memory: int, in_use: int, pairs: int) -> Table:
                         event = vm.qmp.event("MIGRATION", deadline=120)
                         if event["data"]["status"] == "completed":
                             break
+                    vm.qmp.wait_status("postmigrate")
                     vm.qmp.command("cont")
                     table.add("QEMU to nobody", pause_s=time.monotonic() - start)
                     set_capabilities(vm, {"events": False})

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 import qemu_pagesaver
 from tests.support import qemus
 from tests.support.qemus import Qemu
-from tests.support.restoring import Restoring, check, cli, fill
+from tests.support.restoring import Restoring, check, fill
 from tests.support.vm import Vm
 
 # One of so many has its pager killed with SIGKILL.
@@ -42,14 +41,14 @@ def soak(qemu: Qemu, directory: Path, rounds: int) -> None:
                 time.sleep(rng.random())
                 restoring.process.kill()
                 restoring.process.wait()
-                found = cli(
-                    *("--json", "recover", file, "--attach", restoring.qmp_path),
+                with Restoring(
+                    *("recover", file, "--attach", restoring.qmp_path),
                     runtime=runtime,
-                )
-                assert found.returncode == 0, found.stderr
-                document = json.loads(found.stdout)
-                shares.append(1 - document["pages"]["total"] / 8500)
-                assert document["complete"]
+                ) as recovering:
+                    received = recovering.event("running")["pages-received"]
+                    recovering.running = None  # the guest lives on
+                    assert recovering.finish()["complete"]
+                shares.append(received / 8500)
             else:
                 assert restoring.finish()["complete"]
             check(restoring.console)
