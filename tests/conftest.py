@@ -35,6 +35,14 @@ def disk_path() -> Iterator[Path]:
     shutil.rmtree(directory, ignore_errors=True)
 
 
+@pytest.fixture
+def runtime(disk_path: Path) -> Path:
+    """A run-time directory of its own."""
+    path = disk_path / "r"
+    path.mkdir(mode=0o700)
+    return path
+
+
 class Vms:
     """Guests that end with the test."""
 

@@ -44,13 +44,6 @@ def saved(request: pytest.FixtureRequest) -> Iterator[Saved]:
 
 
 @pytest.fixture
-def runtime(disk_path: Path) -> Path:
-    path = disk_path / "r"
-    path.mkdir(mode=0o700)
-    return path
-
-
-@pytest.fixture
 def restoring(saved: Saved, runtime: Path, disk_path: Path) -> Iterator[Restoring]:
     """A guest that runs and misses nearly all of its memory."""
     with Restoring(

@@ -58,14 +58,6 @@ def saved(request: pytest.FixtureRequest) -> Iterator[Saved]:
 
 
 @pytest.fixture
-def runtime(disk_path: Path) -> Path:
-    """A run-time directory of its own."""
-    path = disk_path / "r"
-    path.mkdir(mode=0o700)
-    return path
-
-
-@pytest.fixture
 def start(saved: Saved, runtime: Path, disk_path: Path) -> Iterator[Start]:
     """Starts a restore of the snapshot in its own QEMU."""
     started: list[Restoring] = []
