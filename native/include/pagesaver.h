@@ -366,7 +366,7 @@ typedef struct ps_pager_stats {
     uint64_t latency_max;
     uint64_t first_fault_at; /* CLOCK_MONOTONIC ns, 0: none yet */
     uint64_t last_fault_at;
-    uint64_t cpu_ns; /* of the pager's thread */
+    uint64_t cpu_ns; /* of the pager's thread; of all when it has ended */
 } ps_pager_stats;
 
 int ps_pager_create(ps_image *image, const ps_pager_options *options,

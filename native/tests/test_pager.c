@@ -634,17 +634,27 @@ static void test_on_demand(bool zstd, bool footers, uint32_t per_block)
     end_well(&t);
 }
 
-static void test_finish_before_run(void)
+static void test_finish_before_run(bool zstd, uint32_t per_block)
 {
     struct setup setup = usual();
     struct test t;
+    ps_pager_stats stats;
 
+    setup.tiny.zstd = zstd;
+    setup.tiny.pages_per_block = per_block;
+    setup.options.cache_bytes = 1; /* one block */
     if (!create(&t, &setup)) {
         return;
     }
     ps_pager_finish(t.pager);
     pthread_create(&t.thread, NULL, run_pager, &t);
-    end_well(&t);
+    read_to_the_end(&t);
+    stats = stats_of(&t);
+    CHECK(stats.pages_background == count_needed(&t));
+    CHECK(stats.storage_reads ==
+          (t.setup.tiny.canonical_pages + per_block - 1) / per_block);
+    shut(&t, 0);
+    expect_end(&t, PS_OK, NULL);
 }
 
 static void test_background(bool zstd, uint32_t per_block, bool backwards)
@@ -1514,10 +1524,12 @@ int main(void)
         RUN(test_background(zstd, 512, true));
         RUN(test_prefetch(zstd));
         RUN(test_damaged(zstd));
+        RUN(test_finish_before_run(zstd, 1));
+        RUN(test_finish_before_run(zstd, 16));
+        RUN(test_finish_before_run(zstd, 512));
         RUN(test_huge(zstd, false, UINT64_MAX));
         RUN(test_huge(zstd, true, 1 << 20));
     }
-    RUN(test_finish_before_run());
     RUN(test_faults_in_background());
     RUN(test_order());
     RUN(test_split_messages());

@@ -19,13 +19,20 @@ from .contenders import Contender, Source, set_capabilities
 
 PROGRAM = Path("build/native/tests/floor_pager")
 _PONG = 8  # bytes
+_READ_PAGES = 4096
 
 
 class Floor(Contender):
-    """Answers one page a request from memory that is all there."""
+    """Answers one page a request from memory that is all there.
+
+    With `push` it sends everything, too.
+    """
 
     name = "floor, uncompressed"
-    files = ("touch-plain.psnap",)
+
+    def __init__(self, file: str = "touch-plain.psnap", *, push: bool = False) -> None:
+        self.files = (file,)
+        self._push = push
 
     def prepare(self) -> None:
         """Do nothing: what it needs it makes in begin()."""
@@ -50,8 +57,10 @@ class Floor(Contender):
             places, at = [], 0
             for block in image.ram_blocks:
                 pages = block.length // PAGE_SIZE
-                self._flat.write(image.read_pages(block.index, 0, pages))
-                places.append(f"{block.name}:{at}:{block.length}")
+                for first in range(0, pages, _READ_PAGES):
+                    count = min(_READ_PAGES, pages - first)
+                    self._flat.write(image.read_pages(block.index, first, count))
+                places.append(f"{at}:{block.length}:{block.name}")
                 at += block.length
             self._flat.flush()
         path = vm.directory / "in"
@@ -65,15 +74,24 @@ class Floor(Contender):
             number, footers = str(stream.ram_section_id), str(int(stream.footers))
             command = [str(PROGRAM), str(sock.fileno()), self._flat.name]
             self._process = subprocess.Popen(
-                [*command, number, footers, *places],
+                [*command, number, footers, str(int(self._push)), *places],
                 pass_fds=(sock.fileno(),),
                 stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
             )
+            assert self._process.stderr
+            said = self._process.stderr.readline()
+            if said != b"ready\n":
+                raise RuntimeError(f"the floor cannot start: {said!r}")
             sock.sendall(package)
 
     def end(self) -> dict[str, Any]:
-        out, _ = self._process.communicate(timeout=60)
+        out, errors = self._process.communicate(timeout=60)
         self._flat.close()
+        if self._process.returncode:
+            raise RuntimeError(f"the floor failed: {errors!r}")
         found: dict[str, Any] = json.loads(out)
-        return {"latency": {q: found[f"{q}-ns"] / 1e9 for q in ("p50", "p99")}}
+        return {
+            "latency": {q: found[f"{q}-ns"] / 1e9 for q in ("p50", "p99")},
+            "duration": found["all-ns"] / 1e9,
+        }
