@@ -177,3 +177,10 @@ int ps_block_cache_load(ps_block_cache *cache, const ps_block_info *info,
     *pages = out;
     return PS_OK;
 }
+
+uint64_t ps_block_cache_memory(const ps_block_cache *cache)
+{
+    return (uint64_t)cache->slots * sizeof(*cache->slot) +
+           ((uint64_t)cache->bucket_mask + 1) * sizeof(*cache->buckets) +
+           cache->slots_used * cache->slot_length + cache->decoder.capacity;
+}

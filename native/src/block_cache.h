@@ -36,5 +36,7 @@ const uint8_t *ps_block_cache_find(ps_block_cache *cache, uint64_t number);
    valid until the next load. */
 int ps_block_cache_load(ps_block_cache *cache, const ps_block_info *info,
                         const uint8_t **pages, ps_error *err);
+/* Bytes that it holds right now. */
+uint64_t ps_block_cache_memory(const ps_block_cache *cache);
 
 #endif

@@ -14,6 +14,7 @@
  * Nothing that open does grows with the guest.
  */
 #include "image.h"
+#include "block_cache.h"
 
 #include <stdarg.h>
 #include <stdio.h>
@@ -26,26 +27,13 @@
 #define READAHEAD_CHUNKS 16u
 /* Decoded blocks that ps_image_page() keeps. */
 #define CACHE_BYTES (UINT64_C(32) << 20)
-#define CACHE_MIN_BLOCKS 2u
 /* zstd's frame magic; older formats that libzstd may know are refused. */
 #define ZSTD_FRAME_MAGIC 0xfd2fb528u
 
-typedef struct cache_slot {
-    uint8_t *pages;
-    uint64_t block;
-    bool used;
-    bool recent;
-} cache_slot;
-
+/* What ps_image_page() keeps. */
 struct ps_image_cache {
-    ps_decoder decoder;
-    cache_slot *slots;
-    uint32_t slot_count;
-    uint32_t hand;     /* of the clock that evicts */
-    uint32_t filled;   /* slots that have memory */
-    uint32_t *slot_of; /* by block number, plus 1; reserved, sparse */
-    size_t slot_of_length;
-    uint8_t *expanded; /* one page of class zero or fill */
+    ps_block_cache blocks;
+    uint8_t expanded[PS_PAGE_SIZE]; /* one page of class zero or fill */
     uint64_t expanded_entry;
 };
 
@@ -589,21 +577,6 @@ int ps_image_open(int fd, ps_image **out, ps_error *err)
     return PS_OK;
 }
 
-static void cache_destroy(struct ps_image_cache *cache)
-{
-    if (!cache) {
-        return;
-    }
-    for (uint32_t i = 0; cache->slots && i < cache->filled; i++) {
-        free(cache->slots[i].pages);
-    }
-    free(cache->slots);
-    free(cache->expanded);
-    ps_unreserve(cache->slot_of, cache->slot_of_length);
-    ps_decoder_deinit(&cache->decoder);
-    free(cache);
-}
-
 static void section_deinit(ps_section *section)
 {
     ps_unreserve(section->bytes, (size_t)section->length);
@@ -616,7 +589,10 @@ void ps_image_destroy(ps_image *image)
     if (!image) {
         return;
     }
-    cache_destroy(image->cache);
+    if (image->cache) {
+        ps_block_cache_deinit(&image->cache->blocks);
+        free(image->cache);
+    }
     for (uint32_t type = 0; type < PS_SECTION_TYPES; type++) {
         section_deinit(&image->sections[type]);
     }
@@ -1293,109 +1269,35 @@ int ps_image_read_raw_page(ps_image *image, const ps_block_info *info,
 
 static int cache_create(ps_image *image, ps_error *err)
 {
-    uint64_t block_bytes = image->pages_per_block * PS_PAGE_SIZE;
-    uint64_t slots = CACHE_BYTES / block_bytes;
     struct ps_image_cache *cache = calloc(1, sizeof(*cache));
-    void *slot_of = NULL;
     int ret;
 
     if (!cache) {
         return ps_fail(err, PS_ERR_NOMEM, PS_NOWHERE, "out of memory");
     }
-    if (slots > image->locality_blocks) {
-        slots = image->locality_blocks;
-    }
-    if (slots < CACHE_MIN_BLOCKS) {
-        slots = CACHE_MIN_BLOCKS;
-    }
-    cache->slot_count = (uint32_t)slots;
-    cache->slots = calloc(cache->slot_count, sizeof(cache->slots[0]));
-    cache->expanded = malloc(PS_PAGE_SIZE);
-    cache->slot_of_length =
-        (size_t)image->locality_blocks * sizeof(cache->slot_of[0]);
-    ret = ps_decoder_init(&cache->decoder, image, err);
-    if (!ret && (!cache->slots || !cache->expanded)) {
-        ret = ps_fail(err, PS_ERR_NOMEM, PS_NOWHERE, "out of memory");
-    }
-    if (!ret) {
-        ret = ps_reserve(cache->slot_of_length, &slot_of, err);
-    }
+    ret = ps_block_cache_init(&cache->blocks, image, CACHE_BYTES, err);
     if (ret) {
-        cache_destroy(cache);
+        free(cache);
         return ret;
     }
-    cache->slot_of = slot_of;
-    memset(cache->expanded, 0, PS_PAGE_SIZE);
     cache->expanded_entry = PS_CLASS_ZERO;
     image->cache = cache;
     return PS_OK;
 }
 
-/* A slot to decode into: a fresh one, else the clock's choice. */
-static cache_slot *cache_take(ps_image *image, ps_error *err)
+static int cached_block(ps_image *image, uint64_t number, const uint8_t **pages,
+                        ps_error *err)
 {
-    struct ps_image_cache *cache = image->cache;
-    cache_slot *slot;
-
-    if (cache->filled < cache->slot_count) {
-        slot = &cache->slots[cache->filled];
-        slot->pages = malloc(image->pages_per_block * PS_PAGE_SIZE);
-        if (!slot->pages) {
-            ps_fail(err, PS_ERR_NOMEM, PS_NOWHERE, "out of memory");
-            return NULL;
-        }
-        cache->filled++;
-        return slot;
-    }
-    for (;;) {
-        slot = &cache->slots[cache->hand];
-        cache->hand = (cache->hand + 1) % cache->slot_count;
-        if (!slot->recent) {
-            break;
-        }
-        slot->recent = false;
-    }
-    if (slot->used) {
-        cache->slot_of[slot->block] = 0;
-        slot->used = false;
-    }
-    return slot;
-}
-
-static int cache_block(ps_image *image, uint64_t number, cache_slot **out,
-                       ps_error *err)
-{
-    struct ps_image_cache *cache = image->cache;
-    uint32_t index = cache->slot_of[number];
+    ps_block_cache *blocks = &image->cache->blocks;
     ps_block_info info;
-    cache_slot *slot;
     int ret;
 
-    *out = NULL;
-    if (index != 0) {
-        slot = &cache->slots[index - 1];
-        slot->recent = true;
-        *out = slot;
+    *pages = ps_block_cache_find(blocks, number);
+    if (*pages) {
         return PS_OK;
     }
     ret = ps_image_block(image, number, &info, err);
-    if (ret) {
-        return ret;
-    }
-    slot = cache_take(image, err);
-    if (!slot) {
-        return err->code;
-    }
-    ret = ps_decoder_read(&cache->decoder, image->fd, &info, slot->pages, err);
-    if (ret) {
-        return ret;
-    }
-    slot->block = number;
-    slot->used = true;
-    slot->recent = true;
-    cache->slot_of[number] = (uint32_t)(slot - cache->slots) + 1;
-    *out = slot;
-    return PS_OK;
+    return ret ? ret : ps_block_cache_load(blocks, &info, pages, err);
 }
 
 int ps_image_page(ps_image *image, uint64_t entry, const uint8_t **page,
@@ -1403,7 +1305,6 @@ int ps_image_page(ps_image *image, uint64_t entry, const uint8_t **page,
 {
     struct ps_image_cache *cache;
     uint64_t canonical = ps_entry_value(entry);
-    cache_slot *slot;
     int ret;
 
     if (!image->cache) {
@@ -1430,11 +1331,10 @@ int ps_image_page(ps_image *image, uint64_t entry, const uint8_t **page,
         ret = check_canonical(image, canonical, err);
         if (!ret) {
             ret =
-                cache_block(image, canonical >> image->block_shift, &slot, err);
+                cached_block(image, canonical >> image->block_shift, page, err);
         }
         if (!ret) {
-            *page =
-                slot->pages + (canonical & image->block_mask) * PS_PAGE_SIZE;
+            *page += (canonical & image->block_mask) * PS_PAGE_SIZE;
         }
         return ret;
     default:
@@ -1514,10 +1414,7 @@ void ps_image_get_info(const ps_image *image, ps_image_info *out)
     }
     if (cache) {
         out->memory_bytes +=
-            sizeof(*cache) + PS_PAGE_SIZE + cache->decoder.capacity +
-            cache->slot_count * sizeof(cache->slots[0]) +
-            cache->slot_of_length +
-            cache->filled * image->pages_per_block * PS_PAGE_SIZE;
+            sizeof(*cache) + ps_block_cache_memory(&cache->blocks);
     }
 }
 

@@ -252,9 +252,9 @@ int ps_image_read_raw_page(ps_image *image, const ps_block_info *info,
 /* ----------------------------------------------------------------- cache */
 
 /*
- * The page's content by its entry, through the image's own small cache of
- * decoded blocks; *page is valid until the next call. Not for the pager,
- * which has a cache of its own.
+ * The page's content by its entry, through a block cache of the image's own;
+ * *page is valid until the next call. Not for the pager, which chooses the
+ * size of its cache.
  */
 int ps_image_page(ps_image *image, uint64_t entry, const uint8_t **page,
                   ps_error *err);
