@@ -51,6 +51,16 @@ class Section(IntEnum):
     BLOCK_INDEX = 10
     SIGNATURES = 11
     OWNERS = 12
+    SPACES = 13
+    VIRTUAL_RUNS = 14
+    RUN_INDEX = 15
+
+
+class SpaceKind(IntEnum):
+    """Whose address space it is."""
+
+    USER = 1
+    KERNEL = 2
 
 
 class Event(IntEnum):
@@ -169,6 +179,45 @@ class Run:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Space:
+    """An address space of the guest; counts in pages.
+
+    ``root`` is the guest-physical address of its top table, ``mode`` a paging mode
+    of FORMAT.md.
+    """
+
+    index: int
+    root: int
+    kind: SpaceKind
+    mode: int
+    first_run: int
+    run_count: int
+    pages: int
+    pages_shared: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class VirtualRun:
+    """``pages`` that follow each other from guest-virtual ``address`` on, and
+    from ``page`` of a RAM block on."""
+
+    address: int
+    block: int
+    page: int
+    pages: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mapping:
+    """Where an address space maps a page: ``index`` in virtual run ``run``."""
+
+    space: int
+    address: int
+    run: int
+    index: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class SaverStats:
     """Counters of a save; pages of 4096 bytes."""
 
@@ -283,7 +332,7 @@ def _new_error() -> Any:
     return ffi.new("ps_error *")
 
 
-def _numbers(struct: Any, kind: type[Any], **more: object) -> Any:
+def _numbers(struct: Any, kind: type[Any], /, **more: object) -> Any:
     """Make a dataclass of ints from a C struct that has the same names."""
     names = kind.__dataclass_fields__
     values = {name: int(getattr(struct, name)) for name in names if name not in more}
@@ -631,6 +680,40 @@ class Image:
                     shared=bool(run.shared),
                 )
             at = following[0]
+
+    def spaces(self) -> tuple[Space, ...]:
+        """Return the guest's address spaces; none where the file does not tell."""
+        out = ffi.new("ps_space *")
+        error = _new_error()
+        found = []
+        for index in range(lib.ps_image_space_count(self._image)):
+            code = lib.ps_image_space(self._image, index, out, error)
+            _check(code, error, self.name)
+            found.append(_numbers(out, Space, index=index, kind=SpaceKind(out.kind)))
+        return tuple(found)
+
+    def virtual_runs(self, space: Space) -> Iterator[VirtualRun]:
+        """Yield the runs of an address space, in order of their addresses."""
+        out = ffi.new("ps_virtual_run *")
+        error = _new_error()
+        for index in range(space.first_run, space.first_run + space.run_count):
+            code = lib.ps_image_virtual_run(self._image, index, out, error)
+            _check(code, error, self.name)
+            yield _numbers(out, VirtualRun)
+
+    def mappings(
+        self, block: int, page: int, at_most: int = 1024
+    ) -> tuple[Mapping, ...]:
+        """Return where address spaces map a page."""
+        self._pages(block, page, 1)
+        out = ffi.new("ps_mapping[]", at_most)
+        count = ffi.new("size_t *")
+        error = _new_error()
+        code = lib.ps_image_mappings(
+            self._image, block, page, out, at_most, count, error
+        )
+        _check(code, error, self.name)
+        return tuple(_numbers(out[i], Mapping) for i in range(count[0]))
 
     def check(self, job: Job, *, at_most: int = 1000) -> tuple[int, list[Problem]]:
         """Check everything: how many problems, and the first of them."""

@@ -136,6 +136,29 @@ static void read_canonical(ps_image *image)
     }
 }
 
+static void read_spaces(ps_image *image)
+{
+    uint64_t spaces = ps_image_space_count(image);
+    uint64_t runs = ps_image_run_count(image);
+    ps_mapping mappings[4];
+    ps_error err;
+
+    for (uint64_t i = 0; i < spaces && i < 64; i++) {
+        ps_space space;
+
+        (void)ps_image_space(image, i, &space, &err);
+    }
+    for (uint64_t i = 0; i < runs; i += runs / 64 + 1) {
+        ps_virtual_run run;
+        size_t count;
+
+        if (ps_image_virtual_run(image, i, &run, &err) == PS_OK) {
+            (void)ps_image_mappings(image, run.block, run.page, mappings, 4,
+                                    &count, &err);
+        }
+    }
+}
+
 static void use(ps_image *image, int null)
 {
     ps_error errors[4], err;
@@ -161,6 +184,7 @@ static void use(ps_image *image, int null)
                                &pages, &err);
     }
     read_canonical(image);
+    read_spaces(image);
     (void)ps_image_check(image, NULL, errors, 4, &count, &err);
     if (bytes <= MAX_EXPORT) {
         (void)ps_image_export(image, null, NULL, &err);

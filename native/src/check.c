@@ -228,6 +228,114 @@ static int check_owners(checker *check, ps_error *err)
     return ret;
 }
 
+/* The runs of a space ascend and do not overlap. */
+static int check_space(checker *check, uint64_t index, uint64_t *next_run,
+                       ps_error *err)
+{
+    ps_image *image = check->image;
+    uint64_t at = image->sections[PS_SECTION_SPACES].offset +
+                  index * sizeof(ps_format_space);
+    uint64_t end = 0;
+    ps_space space;
+    int ret = ps_image_space(image, index, &space, err);
+
+    if (ret) {
+        return check_failed(check, err);
+    }
+    if (space.first_run != *next_run) {
+        check_damage(check, at, "space %llu: its runs begin at %llu, not %llu",
+                     (unsigned long long)index,
+                     (unsigned long long)space.first_run,
+                     (unsigned long long)*next_run);
+    }
+    *next_run = space.first_run + space.run_count;
+    for (uint64_t i = space.first_run; !ret && i < *next_run; i++) {
+        ps_format_run run;
+
+        ret = ps_image_run(image, i, &run, err);
+        if (ret) {
+            ret = check_failed(check, err);
+            continue;
+        }
+        if (run.address < end) {
+            check_damage(check, at, "virtual run %llu: it does not ascend",
+                         (unsigned long long)i);
+        }
+        /* The last page of all may end at 2^64. */
+        end = run.address + ((uint64_t)(run.pages - 1) << PS_PAGE_BITS) + 1;
+    }
+    return ret;
+}
+
+/* The index has each run, in order of its first page. */
+static int check_run_index(checker *check, ps_error *err)
+{
+    ps_image *image = check->image;
+    const ps_section *section = &image->sections[PS_SECTION_RUN_INDEX];
+    uint64_t runs = ps_image_run_count(image);
+    PS_AUTOFREE uint8_t *seen = calloc((size_t)(runs / 8 + 1), 1);
+    uint64_t before = 0;
+
+    if (!seen) {
+        return ps_fail(err, PS_ERR_NOMEM, PS_NOWHERE, "out of memory");
+    }
+    for (uint64_t i = 0; i < runs; i++) {
+        uint64_t at = i * sizeof(ps_format_run_index);
+        const char *fault = NULL;
+        ps_format_run_index entry;
+        ps_format_run run;
+        ps_space space;
+        int ret;
+
+        memcpy(&entry, section->bytes + at, sizeof(entry));
+        if (entry.run >= runs || entry.reserved != 0 ||
+            entry.space >= ps_image_space_count(image)) {
+            fault = "there is no such run or space";
+        } else if (ps_image_run(image, entry.run, &run, err) ||
+                   ps_image_space(image, entry.space, &space, err)) {
+            continue; /* said already */
+        } else if (run.first != entry.first || run.pages != entry.pages ||
+                   entry.run < space.first_run ||
+                   entry.run - space.first_run >= space.run_count) {
+            fault = "its run is another one";
+        } else if (entry.first < before) {
+            fault = "it does not ascend";
+        } else if (seen[entry.run / 8] >> entry.run % 8 & 1) {
+            fault = "its run was named before";
+        } else {
+            seen[entry.run / 8] |= (uint8_t)(1u << entry.run % 8);
+            before = entry.first;
+        }
+        if (fault) {
+            check_damage(check, section->offset + at, "run index %llu: %s",
+                         (unsigned long long)i, fault);
+        }
+        ret = check_progress(check, 0, err);
+        if (ret) {
+            return ret;
+        }
+    }
+    return PS_OK;
+}
+
+static int check_spaces(checker *check, ps_error *err)
+{
+    uint64_t runs = 0;
+    int ret = PS_OK;
+
+    for (uint64_t i = 0; !ret && i < ps_image_space_count(check->image); i++) {
+        ret = check_space(check, i, &runs, err);
+    }
+    if (!ret && runs != ps_image_run_count(check->image)) {
+        check_damage(check,
+                     check->image->sections[PS_SECTION_VIRTUAL_RUNS].offset,
+                     "section VIRTUAL_RUNS: the spaces have %llu runs of %llu",
+                     (unsigned long long)runs,
+                     (unsigned long long)ps_image_run_count(check->image));
+    }
+    return ret ? ret : check_run_index(check, err);
+}
+
 /* Bytes from .. to of the file are 0. */
 static int check_padding(checker *check, uint64_t from, uint64_t to,
                          ps_error *err)
@@ -481,6 +589,10 @@ int ps_image_check(ps_image *image, ps_job *job, ps_error *errors,
         if (!ret && sound[PS_SECTION_OWNERS]) {
             ret = check_owners(&check, err);
         }
+    }
+    if (!ret && sound[PS_SECTION_SPACES] && sound[PS_SECTION_VIRTUAL_RUNS] &&
+        sound[PS_SECTION_RUN_INDEX]) {
+        ret = check_spaces(&check, err);
     }
     if (!ret && sound[PS_SECTION_BLOCK_INDEX] && sound[PS_SECTION_SIGNATURES]) {
         ret = check_blocks(&check, err);

@@ -26,6 +26,8 @@
 #define PS_MAX_LEAVES (UINT64_C(1) << 23)
 #define PS_MAX_CANONICAL_PAGES (UINT64_C(1) << 32)
 #define PS_LEAF_BITS 9
+#define PS_MAX_SPACES (UINT64_C(1) << 20)
+#define PS_MAX_RUNS ((UINT64_C(1) << 32) - 1) /* numbers have 32 bits */
 
 #define PS_INCOMPATIBLE_KNOWN UINT64_C(0)
 
@@ -162,6 +164,48 @@ _Static_assert(sizeof(ps_format_signature) == 16, "signature");
 
 /* PS_SECTION_OWNERS: global page numbers. */
 typedef uint32_t ps_format_owner;
+
+enum ps_space_kind {
+    PS_SPACE_USER = 1,
+    PS_SPACE_KERNEL = 2,
+};
+
+/* PS_SECTION_SPACES. */
+typedef struct ps_format_space {
+    uint64_t root; /* guest-physical address of its top table */
+    uint32_t kind; /* a ps_space_kind */
+    uint32_t mode; /* a ps_paging_mode */
+    uint64_t first_run;
+    uint64_t run_count;
+    uint64_t pages;        /* mapped, and in a RAM block */
+    uint64_t pages_shared; /* of these, mapped by another space as well */
+    uint8_t reserved[16];
+} PS_PACKED ps_format_space;
+
+_Static_assert(sizeof(ps_format_space) == 64, "space");
+_Static_assert(offsetof(ps_format_space, first_run) == 16, "space");
+_Static_assert(offsetof(ps_format_space, reserved) == 48, "space");
+
+/* PS_SECTION_VIRTUAL_RUNS. */
+typedef struct ps_format_run {
+    uint64_t address; /* guest-virtual */
+    uint32_t first;   /* global page number */
+    uint16_t pages;   /* 1..512, all in one leaf */
+    uint16_t reserved;
+} PS_PACKED ps_format_run;
+
+_Static_assert(sizeof(ps_format_run) == 16, "virtual run");
+
+/* PS_SECTION_RUN_INDEX. */
+typedef struct ps_format_run_index {
+    uint32_t first; /* global page number */
+    uint32_t run;
+    uint32_t space;
+    uint16_t pages;
+    uint16_t reserved;
+} PS_PACKED ps_format_run_index;
+
+_Static_assert(sizeof(ps_format_run_index) == 16, "run index");
 
 /*
  * Page entries (top map and leaves): class in bits 0-3, log2 of the fill unit

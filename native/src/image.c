@@ -69,6 +69,12 @@ static const struct {
                                    sizeof(ps_format_signature)},
     [PS_SECTION_OWNERS] = {"OWNERS", sizeof(ps_format_owner), 1, true,
                            PS_MAX_CANONICAL_PAGES * sizeof(ps_format_owner)},
+    [PS_SECTION_SPACES] = {"SPACES", sizeof(ps_format_space), 0, false,
+                           PS_MAX_SPACES * sizeof(ps_format_space)},
+    [PS_SECTION_VIRTUAL_RUNS] = {"VIRTUAL_RUNS", sizeof(ps_format_run), 0,
+                                 false, PS_MAX_RUNS * sizeof(ps_format_run)},
+    [PS_SECTION_RUN_INDEX] = {"RUN_INDEX", sizeof(ps_format_run_index), 0,
+                              false, PS_MAX_RUNS * sizeof(ps_format_run_index)},
 };
 
 const char *ps_section_name(uint32_t type)
@@ -514,6 +520,13 @@ static int open_lengths(ps_image *image, ps_error *err)
         return ps_fail(err, PS_ERR_DAMAGED, sections[PS_SECTION_OWNERS].offset,
                        "section OWNERS: it should have %llu records",
                        (unsigned long long)image->canonical_pages);
+    }
+    if (sections[PS_SECTION_RUN_INDEX].length / sizeof(ps_format_run_index) !=
+        sections[PS_SECTION_VIRTUAL_RUNS].length / sizeof(ps_format_run)) {
+        return ps_fail(err, PS_ERR_DAMAGED,
+                       sections[PS_SECTION_RUN_INDEX].offset,
+                       "section RUN_INDEX: it should have a record for each "
+                       "virtual run");
     }
     if (image->locality_blocks != blocks) {
         return ps_fail(err, PS_ERR_DAMAGED,

@@ -21,7 +21,7 @@
 #include "common.h"
 #include "format.h"
 
-#define PS_SECTION_TYPES 13u /* ps_section_type, 0 unused */
+#define PS_SECTION_TYPES 16u /* ps_section_type, 0 unused */
 
 /*
  * One section. Its bytes live in reserved address space at the offset they
@@ -248,6 +248,15 @@ int ps_decoder_decode(ps_decoder *decoder, const ps_block_info *info,
  */
 int ps_image_read_raw_page(ps_image *image, const ps_block_info *info,
                            uint64_t canonical, uint8_t *page, ps_error *err);
+
+/* -------------------------------------------------------- address spaces */
+
+/* A virtual run by its number; within bounds. */
+int ps_image_run(ps_image *image, uint64_t number, ps_format_run *out,
+                 ps_error *err);
+/* Mappings of a page by its global number. */
+int ps_image_find_mappings(ps_image *image, uint64_t global, ps_mapping *out,
+                           size_t capacity, size_t *count, ps_error *err);
 
 /* ----------------------------------------------------------------- cache */
 

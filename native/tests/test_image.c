@@ -148,7 +148,7 @@ static void add_blocks(encoder *from, bytes *out)
 static bytes seal(encoder *from)
 {
     static const uint32_t sizes[PS_SECTION_TYPES] = {
-        0, 1, 40, 1, 1, 1, 320, 8, 4096, 8, 24, 16, 4};
+        0, 1, 40, 1, 1, 1, 320, 8, 4096, 8, 24, 16, 4, 64, 16, 16};
     ps_format_header header = {
         .version = 1,
         .header_length = sizeof(header),
@@ -165,7 +165,7 @@ static bytes seal(encoder *from)
         const bytes *data = &from->sections[type];
         ps_format_section row = {
             .type = type,
-            .flags = type != PS_SECTION_META,
+            .flags = type != PS_SECTION_META && type <= PS_SECTION_OWNERS,
             .length = data->length,
             .record_size = sizes[type],
         };

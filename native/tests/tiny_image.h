@@ -34,6 +34,10 @@ typedef struct tiny_image {
     const char *name[TINY_BLOCKS];
     uint64_t pages[TINY_BLOCKS];
     tiny_page (*page)(uint32_t block, uint64_t page);
+    const ps_format_space *spaces;
+    uint32_t space_count;
+    const ps_format_run *runs;
+    uint32_t run_count;
     /* Made. */
     int fd;
     uint64_t canonical_pages;
@@ -285,7 +289,9 @@ static inline void tiny_finish(const tiny_image *tiny, uint64_t at,
                                   n < PS_CHUNK_SIZE ? n : PS_CHUNK_SIZE);
         }
         table[i].type = sections[i].type;
-        table[i].flags = PS_SECTION_FLAG_REQUIRED;
+        table[i].flags = sections[i].type <= PS_SECTION_OWNERS
+                             ? PS_SECTION_FLAG_REQUIRED
+                             : 0;
         table[i].record_size = sections[i].record;
         table[i].length = sections[i].length;
         table[i].sums_checksum = XXH3_64bits(sums, chunks * 8);
@@ -311,6 +317,35 @@ static inline void tiny_finish(const tiny_image *tiny, uint64_t at,
     free(table);
 }
 
+static inline int tiny_run_order(const void *a, const void *b)
+{
+    const ps_format_run_index *x = a, *y = b;
+
+    return (x->first > y->first) - (x->first < y->first);
+}
+
+static inline ps_format_run_index *tiny_run_index(const tiny_image *tiny)
+{
+    ps_format_run_index *index = tiny_alloc(tiny->run_count * sizeof(*index));
+
+    for (uint32_t space = 0; space < tiny->space_count; space++) {
+        const ps_format_space *from = &tiny->spaces[space];
+
+        for (uint64_t i = 0; i < from->run_count; i++) {
+            uint32_t run = (uint32_t)(from->first_run + i);
+
+            index[run] = (ps_format_run_index){
+                .first = tiny->runs[run].first,
+                .run = run,
+                .space = space,
+                .pages = tiny->runs[run].pages,
+            };
+        }
+    }
+    qsort(index, tiny->run_count, sizeof(*index), tiny_run_order);
+    return index;
+}
+
 static inline void tiny_make(tiny_image *tiny)
 {
     ps_format_stream stream = {.stream_version = 3,
@@ -321,6 +356,7 @@ static inline void tiny_make(tiny_image *tiny)
     ps_format_ram_block ram[TINY_BLOCKS] = {0};
     ps_format_signature *signatures;
     ps_format_block *records;
+    ps_format_run_index *run_index = tiny_run_index(tiny);
     tiny_index index = {0};
     uint64_t *top, *leaves, stored, blocks, at = PS_HEADER_LENGTH;
 
@@ -350,8 +386,12 @@ static inline void tiny_make(tiny_image *tiny)
             {PS_SECTION_SIGNATURES, 16, signatures,
              index.count * sizeof(*signatures)},
             {PS_SECTION_OWNERS, 4, index.owner, index.count * 4},
+            {PS_SECTION_SPACES, 64, tiny->spaces, tiny->space_count * 64},
+            {PS_SECTION_VIRTUAL_RUNS, 16, tiny->runs, tiny->run_count * 16},
+            {PS_SECTION_RUN_INDEX, 16, run_index, tiny->run_count * 16},
         },
-        9);
+        12);
+    free(run_index);
     free(records);
     free(signatures);
     free(top);

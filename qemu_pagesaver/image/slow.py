@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Self, TypeVar
 
 import xxhash
 import zstandard
-from construct import Bytes, Int8ul, Int32ul, Int64ul, Struct
+from construct import Bytes, Int8ul, Int16ul, Int32ul, Int64ul, Struct
 
 from qemu_pagesaver.errors import (
     Damaged,
@@ -42,6 +42,7 @@ MAX_SECTIONS = 64
 MAX_RAM_BLOCKS = 1024
 MAX_RAM_BYTES = 1 << 44
 MAX_TOP_ENTRIES = 1 << 23
+MAX_SPACES = 1 << 20
 UNKNOWN_ADDRESS = (1 << 64) - 1
 ZSTD_MAGIC = bytes.fromhex("28b52ffd")
 
@@ -51,6 +52,8 @@ RAW, ZSTD = 0, 1
 
 META, STREAM, CONFIGURATION, DEVICES, DESCRIPTION, RAM_BLOCKS = 1, 2, 3, 4, 5, 6
 TOP_MAP, LEAVES, FILL_UNITS, BLOCK_INDEX, SIGNATURES, OWNERS = 7, 8, 9, 10, 11, 12
+SPACES, VIRTUAL_RUNS, RUN_INDEX = 13, 14, 15
+USER, KERNEL = 1, 2
 
 # ---------------------------------------------------------------- structures
 
@@ -113,6 +116,29 @@ BLOCK = Struct(
     "form" / Int32ul,
     "checksum" / Int64ul,
 )
+SPACE = Struct(
+    "root" / Int64ul,
+    "kind" / Int32ul,
+    "mode" / Int32ul,
+    "first_run" / Int64ul,
+    "run_count" / Int64ul,
+    "pages" / Int64ul,
+    "pages_shared" / Int64ul,
+    "reserved" / Bytes(16),
+)
+RUN = Struct(
+    "address" / Int64ul,
+    "first" / Int32ul,
+    "pages" / Int16ul,
+    "reserved" / Int16ul,
+)
+INDEXED_RUN = Struct(
+    "first" / Int32ul,
+    "run" / Int32ul,
+    "space" / Int32ul,
+    "pages" / Int16ul,
+    "reserved" / Int16ul,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +169,11 @@ RULES = {
     BLOCK_INDEX: Rule(name="BLOCK_INDEX", record_size=24),
     SIGNATURES: Rule(name="SIGNATURES", record_size=16),
     OWNERS: Rule(name="OWNERS", record_size=4),
+    SPACES: Rule(
+        name="SPACES", record_size=64, flags=0, required=False, limit=64 * MAX_SPACES
+    ),
+    VIRTUAL_RUNS: Rule(name="VIRTUAL_RUNS", record_size=16, flags=0, required=False),
+    RUN_INDEX: Rule(name="RUN_INDEX", record_size=16, flags=0, required=False),
 }
 
 
@@ -192,6 +223,28 @@ class StreamRecord:
     ram_version: int
     flags: int
     page_bits: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """An address space; counts in pages."""
+
+    root: int
+    kind: int
+    mode: int
+    first_run: int
+    run_count: int
+    pages: int
+    pages_shared: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class VirtualRun:
+    """Pages that are neighbours; ``first`` is a global page number."""
+
+    address: int
+    first: int
+    pages: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -592,9 +645,17 @@ class SlowImage:
             (canonical <= data, SIGNATURES),
             (self._section_length(OWNERS) == 4 * canonical, OWNERS),
             (self._section_length(BLOCK_INDEX) == 24 * blocks, BLOCK_INDEX),
+            (
+                self._section_length(RUN_INDEX) == self._section_length(VIRTUAL_RUNS),
+                RUN_INDEX,
+            ),
         ):
-            section = self.sections[number]
-            self._demand(holds, f"section {section.name}: length", section.offset)
+            section = self.sections.get(number)
+            self._demand(
+                holds,
+                f"section {RULES[number].name}: length",
+                section.offset if section else None,
+            )
 
     # ------------------------------------------------------------- sections
 
@@ -824,6 +885,54 @@ class SlowImage:
         per_block = self.header.pages_per_block
         return self.block_pages(number // per_block)[number % per_block]
 
+    # ------------------------------------------------------- address spaces
+
+    @cached_property
+    def spaces(self) -> list[Space]:
+        """The guest's address spaces; empty where the file does not tell."""
+        raw = self.section(SPACES)
+        runs = self._section_length(VIRTUAL_RUNS) // 16
+        found = []
+        for at in range(0, len(raw), 64):
+            parsed = SPACE.parse(raw[at : at + 64])
+            self._demand(
+                parsed.kind in (USER, KERNEL)
+                and parsed.first_run + parsed.run_count <= runs
+                and not any(parsed.reserved),
+                f"section SPACES, record {at // 64}: kind, runs or reserved bytes",
+            )
+            found.append(_pick(Space, parsed))
+        return found
+
+    def run(self, number: int) -> VirtualRun:
+        """A virtual run."""
+        raw = self.section(VIRTUAL_RUNS)[16 * number : 16 * number + 16]
+        parsed = RUN.parse(raw)
+        first = self.place(parsed.first)
+        last = self.place(parsed.first + parsed.pages - 1)
+        self._demand(
+            parsed.pages > 0
+            and parsed.first % LEAF_PAGES + parsed.pages <= LEAF_PAGES
+            and parsed.address % PAGE == 0
+            and parsed.reserved == 0
+            and first is not None
+            and last is not None
+            and first[0] == last[0],
+            f"section VIRTUAL_RUNS, record {number}: its pages",
+        )
+        return _pick(VirtualRun, parsed)
+
+    def mappings(self, block: int, page: int) -> list[tuple[int, int]]:
+        """Where a page is mapped: (number of the space, guest-virtual address)."""
+        wanted = LEAF_PAGES * self.ram_blocks[block].first_leaf + page
+        found = []
+        for number, space in enumerate(self.spaces):
+            for at in range(space.first_run, space.first_run + space.run_count):
+                run = self.run(at)
+                if run.first <= wanted < run.first + run.pages:
+                    found.append((number, run.address + PAGE * (wanted - run.first)))
+        return found
+
     # --------------------------------------------------------------- verify
 
     def verify(self) -> list[str]:
@@ -833,6 +942,7 @@ class SlowImage:
             self._verify_sections,
             self._verify_map,
             self._verify_owners,
+            self._verify_spaces,
             self._verify_blocks,
             self._verify_padding,
         )
@@ -892,6 +1002,42 @@ class SlowImage:
                 page_class=DATA, unit_log2=0, value=number
             ):
                 yield f"owner of canonical page {number}: it does not refer to it"
+
+    def _verify_spaces(self) -> Iterator[str]:
+        runs = self._section_length(VIRTUAL_RUNS) // 16
+        following = 0
+        for number, space in enumerate(self.spaces):
+            if space.first_run != following:
+                yield f"space {number}: its runs do not follow those before"
+            following = space.first_run + space.run_count
+            end = 0
+            for at in range(space.first_run, following):
+                run = self.run(at)
+                if run.address < end:
+                    yield f"virtual run {at}: it does not ascend"
+                end = run.address + PAGE * run.pages
+        if following != runs:
+            yield "section VIRTUAL_RUNS: runs without a space"
+        seen = set()
+        before = 0
+        raw = self.section(RUN_INDEX)
+        for at in range(0, len(raw), 16):
+            parsed = INDEXED_RUN.parse(raw[at : at + 16])
+            where = f"run index {at // 16}"
+            if parsed.run >= runs or parsed.space >= len(self.spaces):
+                yield f"{where}: there is no such run or space"
+                continue
+            run, space = self.run(parsed.run), self.spaces[parsed.space]
+            if (
+                (run.first, run.pages, 0)
+                != (parsed.first, parsed.pages, parsed.reserved)
+                or not 0 <= parsed.run - space.first_run < space.run_count
+                or parsed.first < before
+                or parsed.run in seen
+            ):
+                yield f"{where}: another run, or another order"
+            seen.add(parsed.run)
+            before = parsed.first
 
     def _verify_blocks(self) -> Iterator[str]:
         end = HEADER_LENGTH

@@ -21,6 +21,7 @@ UUID = bytes.fromhex("6f1f8f3e5c0d4b7a9a3e0123456789ab")
 ABSENT, ZERO, FILL, DATA, LEAF = 0, 1, 2, 3, 15
 META, STREAM, CONFIGURATION, DEVICES, DESCRIPTION, RAM_BLOCKS = 1, 2, 3, 4, 5, 6
 TOP_MAP, LEAVES, FILL_UNITS, BLOCK_INDEX, SIGNATURES, OWNERS = 7, 8, 9, 10, 11, 12
+SPACES, VIRTUAL_RUNS, RUN_INDEX = 13, 14, 15
 RECORD_SIZES = {
     STREAM: 40,
     RAM_BLOCKS: 320,
@@ -30,6 +31,9 @@ RECORD_SIZES = {
     BLOCK_INDEX: 24,
     SIGNATURES: 16,
     OWNERS: 4,
+    SPACES: 64,
+    VIRTUAL_RUNS: 16,
+    RUN_INDEX: 16,
 }
 
 
@@ -320,6 +324,56 @@ def draft(
     )
 
 
+# (kind, root, [(address, first global page, pages)])
+SpaceDraft = tuple[int, int, list[tuple[int, int, int]]]
+
+
+def with_spaces(to: Draft, spaces: list[SpaceDraft]) -> Draft:
+    """Add address spaces to a draft."""
+    records, runs, index = b"", b"", []
+    for number, (kind, root, mapped) in enumerate(spaces):
+        first = len(index)
+        shared = {
+            p for k, r, other in spaces if (k, r) != (kind, root) for p in _of(other)
+        }
+        pages = _of(mapped)
+        records += struct.pack(
+            "<QIIQQQQ",
+            root,
+            kind,
+            1,
+            first,
+            len(mapped),
+            len(pages),
+            len(pages & shared),
+        ) + bytes(16)
+        for address, page, count in mapped:
+            runs += struct.pack("<QIHH", address, page, count, 0)
+            index.append((page, len(index), number, count, 0))
+    packed = b"".join(struct.pack("<IIIHH", *row) for row in sorted(index))
+    to.sections[SPACES] = Part(records, 64, 0)
+    to.sections[VIRTUAL_RUNS] = Part(runs, 16, 0)
+    to.sections[RUN_INDEX] = Part(packed, 16, 0)
+    return to
+
+
+def _of(mapped: list[tuple[int, int, int]]) -> set[int]:
+    return {page + i for _, page, count in mapped for i in range(count)}
+
+
+def spaced() -> Draft:
+    """small(), with two processes that share a page, and a kernel."""
+    top = 0xFFFF_8880_0000_0000
+    return with_spaces(
+        small(),
+        [
+            (1, 0x1000, [(0x40_0000, 1, 4), (0x40_4000, 100, 2), (0x7FFF_F000, 7, 1)]),
+            (1, 0x2000, [(0x40_0000, 3, 1), (0x7FFF_E000, 9, 2)]),
+            (2, 0x1000, [(top, 512, 8), (2**64 - PAGE, 1024, 1)]),
+        ],
+    )
+
+
 UNIT64 = bytes(range(1, 65))
 
 
@@ -386,6 +440,9 @@ def good() -> list[Exhibit]:
     compatible.compatible = 1 << 63
     return [
         Exhibit("plain", small().seal()),
+        Exhibit("spaces", spaced().seal()),
+        Exhibit("spaces-empty", with_spaces(small(), []).seal()),
+        Exhibit("spaces-without-runs", with_spaces(small(), [(1, 4096, [])]).seal()),
         Exhibit("uncompressed", draft(everything, level=None).seal()),
         Exhibit("one-page-a-block", draft(everything, per_block=1).seal()),
         Exhibit("large-blocks", draft(everything, per_block=512).seal()),
@@ -594,6 +651,13 @@ def broken_at_open() -> list[Exhibit]:
     add_draft("units-long", lambda d: extend(d, FILL_UNITS, bytes(64 * 8)))
     add_draft("index-long", lambda d: d.blocks.append(Stored(noise(9), 0)))
     add_draft("index-short", lambda d: d.blocks.pop())
+    short = spaced()
+    cut(short, RUN_INDEX, 16)
+    add("run-index-short", short.seal())
+    for kind in (SPACES, VIRTUAL_RUNS, RUN_INDEX):
+        flagged = spaced()
+        flagged.sections[kind].flags = 1
+        add(f"flags-{kind}", flagged.seal())
     return found
 
 
@@ -724,6 +788,7 @@ def broken_inside() -> list[Exhibit]:
                 lambda table: row(table, k).__setitem__(5, 1),
             ),
         )
+    found += spaces_broken()
     unknown = small()
     unknown.sections[77] = Part(b"later", flags=0)
     unknown.edit_sums[77] = lambda sums: flip(sums, 0)
@@ -737,6 +802,51 @@ def broken_inside() -> list[Exhibit]:
         changed.sections[META].data = meta
         found.append(Exhibit(name, changed.seal(), sound=False, python_only=True))
     return found
+
+
+def spaces_broken() -> list[Exhibit]:
+    """Address spaces that lie, over pages that are all right."""
+    runs = [(0x40_0000, 1, 4)]
+
+    def put(kind: int, at: int, data: bytes) -> Draft:
+        return spaced().put(kind, at, data)
+
+    unordered = spaced()
+    index = unordered.sections[RUN_INDEX].data
+    unordered.sections[RUN_INDEX].data = index[-16:] + index[:-16]
+    twice = spaced()
+    twice.sections[RUN_INDEX].data = index[:16] + index[:-16]
+    sums = spaced()
+    sums.edit_sums[VIRTUAL_RUNS] = lambda data: flip(data, 0)
+    without = spaced()
+    del without.sections[SPACES]
+    drafts = {
+        "spaces-kind": put(SPACES, 8, b"\3"),
+        "spaces-reserved": put(SPACES, 63, b"\1"),
+        "spaces-runs-out": put(SPACES, 24, words(8)),
+        "spaces-runs-overflow": put(SPACES, 16, words(2**64 - 1)),
+        "spaces-runs-gap": put(SPACES, 16, words(1)),
+        "spaces-run-empty": put(VIRTUAL_RUNS, 12, b"\0"),
+        "spaces-run-long": put(VIRTUAL_RUNS, 12, b"\x01\x02"),
+        "spaces-run-over-leaf": put(VIRTUAL_RUNS, 8, struct.pack("<I", 510)),
+        "spaces-run-nowhere": put(VIRTUAL_RUNS, 8, struct.pack("<I", 1100)),
+        "spaces-run-over-block": put(VIRTUAL_RUNS, 8, struct.pack("<I", 518)),
+        "spaces-run-unaligned": put(VIRTUAL_RUNS, 0, b"\1"),
+        "spaces-run-reserved": put(VIRTUAL_RUNS, 14, b"\1"),
+        "spaces-run-descends": put(VIRTUAL_RUNS, 16, words(0x40_3000)),
+        "spaces-run-index-run": put(RUN_INDEX, 4, struct.pack("<I", 9)),
+        "spaces-run-index-space": put(RUN_INDEX, 8, struct.pack("<I", 3)),
+        "spaces-run-index-pages": put(RUN_INDEX, 12, b"\1"),
+        "spaces-run-index-reserved": put(RUN_INDEX, 14, b"\1"),
+        "spaces-run-index-order": unordered,
+        "spaces-run-index-twice": twice,
+        "spaces-run-sums": sums,
+        "spaces-missing": without,
+        "spaces-alien-run": with_spaces(small(), [(1, 0, runs), (1, 1, runs)]).put(
+            RUN_INDEX, 8, struct.pack("<I", 1)
+        ),
+    }
+    return [Exhibit(name, d.seal(), sound=False) for name, d in drafts.items()]
 
 
 def decoded(d: Draft, number: int) -> list[bytes]:
@@ -776,6 +886,7 @@ def seeds() -> list[tuple[str, bytes]]:
         ("page-zstd", draft([Ram(b"r", [text(1), None, text(1)])]).seal()),
         ("page-raw", draft([Ram(b"r", [noise(1), noise(2)])], per_block=1).seal()),
         ("map-uniform", draft([Ram(b"r", [bytes(PAGE)] * 513)]).seal()),
+        ("spaces", spaced().seal()),
         ("map-fill", draft([Ram(b"r", units), Ram(b"s", units[:1])]).seal()),
         (
             "blocks-many",

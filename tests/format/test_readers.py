@@ -66,6 +66,7 @@ def agree_on_facts(slow: SlowImage, core: native.Image) -> None:
     for section in native.Section:
         assert core.section(section) == slow.section(int(section))
     assert len(core.ram_blocks) == len(slow.ram_blocks)
+    agree_on_spaces(slow, core)
     for index, (mine, other) in enumerate(
         zip(slow.ram_blocks, core.ram_blocks, strict=True)
     ):
@@ -84,6 +85,27 @@ def agree_on_facts(slow: SlowImage, core: native.Image) -> None:
                 if entry.page_class == DATA:
                     owner = slow.place(slow.owner(entry.value))
                     assert (owner != (index, page)) == run.shared
+
+
+def agree_on_spaces(slow: SlowImage, core: native.Image) -> None:
+    spaces = core.spaces()
+    assert [
+        (s.root, int(s.kind), s.first_run, s.run_count, s.pages, s.pages_shared)
+        for s in spaces
+    ] == [
+        (s.root, s.kind, s.first_run, s.run_count, s.pages, s.pages_shared)
+        for s in slow.spaces
+    ]
+    for mine, other in zip(spaces, slow.spaces, strict=True):
+        for at, run in enumerate(core.virtual_runs(mine), other.first_run):
+            same = slow.run(at)
+            assert (run.address, run.pages) == (same.address, same.pages)
+            assert slow.place(same.first) == (run.block, run.page)
+            for page in {run.page, run.page + run.pages - 1}:
+                found = core.mappings(run.block, page)
+                assert sorted((m.space, m.address) for m in found) == sorted(
+                    slow.mappings(run.block, page)
+                )
 
 
 @pytest.mark.parametrize("exhibit", INSIDE, ids=lambda e: e.name)
