@@ -64,6 +64,7 @@ static void run(int *fds, int *preempt, const uint8_t *data, size_t size,
     ps_pager_options options = {
         .fd = fds[0],
         .preempt_fd = preempt[0],
+        .trace_fd = -1,
         .prefetch =
             mode & MODE_PREFETCH ? PS_PREFETCH_PHYSICAL : PS_PREFETCH_NONE,
         .prefetch_window = 3,

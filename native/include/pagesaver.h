@@ -357,7 +357,16 @@ typedef struct ps_pager ps_pager;
 
 enum ps_prefetch {
     PS_PREFETCH_NONE = 0,
-    PS_PREFETCH_PHYSICAL = 1,
+    PS_PREFETCH_PHYSICAL = 1, /* neighbours in RAM */
+    PS_PREFETCH_VIRTUAL = 2,  /* in guest-virtual memory; what no address space
+                                 maps, in the file */
+};
+
+/* Where the neighbours of a fault were looked for. */
+enum ps_prefetch_kind {
+    PS_KIND_VIRTUAL = 0,
+    PS_KIND_FILE = 1,
+    PS_KIND_PHYSICAL = 2,
 };
 
 enum ps_pager_state {
@@ -374,6 +383,8 @@ typedef struct ps_pager_options {
     int32_t preempt_fd;       /* second channel of postcopy-preempt, or -1 */
     uint32_t prefetch;        /* a ps_prefetch */
     uint32_t prefetch_window; /* pages after the requested, at most */
+    int32_t trace_fd;         /* a file to which faults are written
+                                 (qemu_pagesaver/TRACE.md), or -1 */
     uint64_t background_rate; /* bytes/s; 0: off; UINT64_MAX: no bound */
     uint64_t background_delay_ns; /* quiet time after a fault before it goes
                                      on; grows from 64 KiB to 4 MiB chunks */
@@ -386,6 +397,15 @@ typedef struct ps_pager_block {
     uint64_t page_size; /* of the backing memory: 4096, 2 MiB, .. */
     uint64_t length;    /* must equal the image's */
 } ps_pager_block;
+
+/* What one kind of prefetch did. A window is right when the guest came to the
+   page behind it. */
+typedef struct ps_prefetch_stats {
+    uint64_t windows;
+    uint64_t windows_right;
+    uint64_t pages;
+    uint64_t pages_right; /* of the right windows */
+} ps_prefetch_stats;
 
 typedef struct ps_pager_stats {
     uint32_t state; /* a ps_pager_state */
@@ -409,6 +429,7 @@ typedef struct ps_pager_stats {
     uint64_t first_fault_at; /* CLOCK_MONOTONIC ns, 0: none yet */
     uint64_t last_fault_at;
     uint64_t cpu_ns; /* of the pager's thread; of all when it has ended */
+    ps_prefetch_stats prefetch[3]; /* by ps_prefetch_kind */
 } ps_pager_stats;
 
 int ps_pager_create(ps_image *image, const ps_pager_options *options,

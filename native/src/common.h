@@ -25,6 +25,7 @@
 #define PS_MAX_DESCRIPTION_BYTES (UINT64_C(64) << 20)
 #define PS_MAX_META_BYTES (UINT64_C(16) << 20)
 #define PS_MAX_PAGES_PER_BLOCK 512u
+#define PS_PREFETCH_KINDS 3u
 
 /* Fill err and return its code, so that `return ps_fail(..)` reads well. */
 int ps_fail(ps_error *err, int code, uint64_t offset, const char *format, ...)

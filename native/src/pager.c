@@ -266,7 +266,6 @@ static int answer_request(ps_pager *pager, struct channel *channel,
     uint64_t page = request->page;
     uint64_t pages = BATCH_PAGES;
     struct host_page host;
-    uint64_t entry;
     int r;
 
     while (page < request->end && is_sent(pager, ram->first + page)) {
@@ -280,13 +279,11 @@ static int answer_request(ps_pager *pager, struct channel *channel,
     if (page >= request->end) {
         if (!request->answered) {
             ps_counter_add(&pager->stats.faults_late, 1);
+            pager_trace_late(pager, ram->first + page - ram->host_pages);
         }
         return PS_OK;
     }
     r = pager_look_at_host_page(pager, ram, page, &host, err);
-    if (!r) {
-        r = ps_image_entry(pager->image, ram->first + page, &entry, err);
-    }
     if (r) {
         return pager_undeliverable(pager, request->block, page, err);
     }
@@ -304,7 +301,9 @@ static int answer_request(ps_pager *pager, struct channel *channel,
         return r;
     }
     pager_submit(pager, channel);
-    pager_plan_prefetch(pager, ram, page, entry);
+    if (ram->host_pages == 1) {
+        pager_plan_prefetch(pager, ram->first + page);
+    }
     return PS_OK;
 }
 
@@ -427,7 +426,7 @@ static bool something_to_send(ps_pager *pager)
     if (get_state(pager) >= PS_PAGER_CLOSING || cancelled(pager)) {
         return false;
     }
-    return pager->window_count > 0 || pager_background_due(pager);
+    return pager_prefetch_pending(pager) || pager_background_due(pager);
 }
 
 /* Nobody waits for a page. *more: something was sent or will be found. */
@@ -445,7 +444,7 @@ static int send_unasked(ps_pager *pager, bool *more, ps_error *err)
     if (r || *more || !something_to_send(pager)) {
         return r;
     }
-    if (pager->window_count > 0) {
+    if (pager_prefetch_pending(pager)) {
         pages = pager_room(pager);
         *more = pages > 0;
         return pages ? pager_send_prefetch(pager, pages, err) : PS_OK;
@@ -700,6 +699,7 @@ static int start(ps_pager *pager, ps_error *err)
         return r;
     }
     pager->now = now_ns();
+    pager->began = pager->now;
     background->quiet_until = pager->now + pager->options.background_delay_ns;
     background->tokens_at = pager->now;
     pager->in = pager->early;
@@ -748,6 +748,7 @@ int ps_pager_run(ps_pager *pager, ps_error *err)
     if (r) {
         set_state(pager, PS_PAGER_FAILED);
     }
+    ps_trace_flush(&pager->trace);
     helper = ps_read_ahead_destroy(pager->ahead);
     pager->ahead = NULL;
     atomic_store(&pager->cpu_total, clock_ns(CLOCK_THREAD_CPUTIME_ID) -
@@ -767,7 +768,7 @@ static int check_options(const ps_pager_options *options, ps_error *err)
         wrong = "no socket";
     } else if (options->preempt_fd == options->fd) {
         wrong = "both channels are one socket";
-    } else if (options->prefetch > PS_PREFETCH_PHYSICAL) {
+    } else if (options->prefetch > PS_PREFETCH_VIRTUAL) {
         wrong = "unknown kind of prefetch";
     } else if (options->in_flight_bytes == 0) {
         wrong = "in_flight_bytes is 0";
@@ -830,6 +831,13 @@ static int init(ps_pager *pager, const ps_pager_block *blocks,
         r = pager_init_background(pager, err);
     }
     if (!r) {
+        r = pager_init_prefetch(pager, err);
+    }
+    if (!r) {
+        r = ps_trace_init(&pager->trace, pager->options.trace_fd,
+                          image->header.uuid, err);
+    }
+    if (!r) {
         pager->sent_length = (size_t)image->leaves * (PS_LEAF_PAGES / 8);
         r = ps_reserve(pager->sent_length, &memory, err);
     }
@@ -877,6 +885,7 @@ int ps_pager_create(ps_image *image, const ps_pager_options *options,
     pager->section_id = image->stream.ram_section_id;
     pager->command_fd = -1;
     pager->epoll_fd = -1;
+    pager->trace.fd = -1;
     pager->asked_block = NONE;
     pager->main.fd = options->fd;
     pager->main.framed = true;
@@ -899,6 +908,8 @@ void ps_pager_destroy(ps_pager *pager)
     if (!pager) {
         return;
     }
+    pager_deinit_prefetch(pager);
+    ps_trace_deinit(&pager->trace);
     ps_block_cache_deinit(&pager->cache);
     ps_unreserve(pager->sent, pager->sent_length);
     ps_unreserve(pager->background.heads, pager->background.heads_length);
@@ -1089,4 +1100,12 @@ void ps_pager_get_stats(ps_pager *pager, ps_pager_stats *out)
         .last_fault_at = ps_counter_get(&stats->last_fault_at),
         .cpu_ns = cpu_time(pager),
     };
+    for (uint32_t i = 0; i < PS_PREFETCH_KINDS; i++) {
+        out->prefetch[i] = (ps_prefetch_stats){
+            .windows = ps_counter_get(&stats->prefetch[i].windows),
+            .windows_right = ps_counter_get(&stats->prefetch[i].windows_right),
+            .pages = ps_counter_get(&stats->prefetch[i].pages),
+            .pages_right = ps_counter_get(&stats->prefetch[i].pages_right),
+        };
+    }
 }

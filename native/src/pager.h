@@ -13,8 +13,10 @@
 #include "block_cache.h"
 #include "histogram.h"
 #include "image.h"
+#include "predictor.h"
 #include "read_ahead.h"
 #include "return_path.h"
+#include "trace.h"
 
 #define KIB(n) ((uint64_t)(n) << 10)
 #define MIB(n) ((uint64_t)(n) << 20)
@@ -29,6 +31,9 @@
 /* QEMU has as many requests under way as it has threads that can fault. */
 #define REQUESTS 1024u
 #define WINDOWS 4u
+#define PENDING 64u
+/* More is a second background, not a neighbourhood. */
+#define PS_MAX_WINDOW 256u
 /* criu's ramp: lazy-pages grows its chunk while nobody faults. */
 #define CHUNK_MIN KIB(64)
 #define CHUNK_MAX MIB(4)
@@ -94,15 +99,26 @@ struct channel {
     struct transfer transfer;
 };
 
-/* The other pages of a locality block that was asked for, nearest first. */
+/* Pages that are to follow a requested one, nearest first. */
 struct window {
-    uint64_t number; /* of the locality block */
-    uint64_t centre; /* global number of the requested page */
-    bool resolved;
-    bool whole; /* worth reading the whole block */
+    uint64_t record; /* of the predictor */
+    uint32_t kind;   /* a ps_prefetch_kind */
     uint32_t count;
     uint32_t next;
-    uint64_t pages[PS_MAX_PAGES_PER_BLOCK]; /* distance << 32 | global */
+    uint32_t pages[PS_MAX_WINDOW]; /* global */
+};
+
+/* What follows faults: pager_prefetch.c. */
+struct prefetch {
+    ps_predictor predictor;
+    uint32_t pending[PENDING]; /* faults not looked at yet; global pages */
+    uint32_t pending_head;
+    uint32_t pending_count;
+    struct window windows[WINDOWS];
+    uint32_t top; /* the newest */
+    uint32_t count;
+    uint64_t space;       /* in which the fault before was */
+    bool spaces_unusable; /* damaged: physical neighbours from here on */
 };
 
 /* A page whose content another page owns, in the list of its block. */
@@ -146,6 +162,9 @@ struct counters {
     _Atomic uint64_t pages[3]; /* by cause */
     _Atomic uint64_t zero_sent, total, left, avoided, bytes_sent;
     _Atomic uint64_t storage_reads, storage_bytes, blocks_decoded;
+    struct {
+        _Atomic uint64_t windows, windows_right, pages, pages_right;
+    } prefetch[PS_PREFETCH_KINDS];
     _Atomic uint64_t first_fault_at, last_fault_at;
 };
 
@@ -191,12 +210,11 @@ struct ps_pager {
     uint32_t request_head;
     uint32_t request_count;
 
-    struct window windows[WINDOWS];
-    uint32_t window_top;
-    uint32_t window_count;
-
+    struct prefetch prefetch;
     struct background background;
+    ps_trace trace;
     uint64_t closing_at;
+    uint64_t began;
     uint64_t now;     /* when this turn of the loop began */
     uint64_t wake_at; /* 0: nothing to wake up for */
     bool again;       /* there is more to do */
@@ -297,6 +315,8 @@ void pager_end_section(ps_pager *pager, struct channel *channel);
 int pager_undeliverable(ps_pager *pager, uint32_t block, uint64_t page,
                         ps_error *err);
 const uint8_t *pager_block_at_hand(ps_pager *pager, uint64_t number);
+int pager_needs_storage(ps_pager *pager, uint64_t global, bool *yes,
+                        ps_error *err);
 void pager_start_transfer(ps_pager *pager, struct channel *channel,
                           uint32_t block, uint64_t page, bool needs_update,
                           enum cause cause, uint64_t asked_at);
@@ -314,8 +334,14 @@ int pager_wanted(ps_pager *pager, uint64_t global, uint32_t *block,
 
 /* pager_prefetch.c */
 
-void pager_plan_prefetch(ps_pager *pager, const struct ram *ram, uint64_t page,
-                         uint64_t entry);
+int pager_init_prefetch(ps_pager *pager, ps_error *err);
+void pager_deinit_prefetch(ps_pager *pager);
+/* The page was asked for and is with the socket. */
+void pager_plan_prefetch(ps_pager *pager, uint64_t global);
+/* It was asked for and is on its way already. */
+void pager_trace_late(ps_pager *pager, uint64_t global);
+bool pager_prefetch_pending(const ps_pager *pager);
+/* One batch, of so many pages at most. */
 int pager_send_prefetch(ps_pager *pager, uint64_t pages, ps_error *err);
 
 /* pager_background.c */

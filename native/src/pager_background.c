@@ -253,19 +253,6 @@ static int background_next(ps_pager *pager, uint64_t *global, bool *found,
     }
 }
 
-/* Would sending this page read or decode a block? */
-static int needs_storage(ps_pager *pager, uint64_t global, bool *yes,
-                         ps_error *err)
-{
-    uint64_t entry;
-    int r = ps_image_entry(pager->image, global, &entry, err);
-
-    *yes = !r && ps_entry_class(entry) == PS_CLASS_DATA &&
-           !pager_block_at_hand(pager, ps_entry_value(entry) >>
-                                           pager->image->block_shift);
-    return r;
-}
-
 /* One batch of at most that many pages. */
 int pager_send_background(ps_pager *pager, uint64_t pages, ps_error *err)
 {
@@ -289,7 +276,7 @@ int pager_send_background(ps_pager *pager, uint64_t pages, ps_error *err)
             }
             return PS_OK; /* look for requests first */
         }
-        r = needs_storage(pager, global, &storage, err);
+        r = pager_needs_storage(pager, global, &storage, err);
         if (r) {
             return r;
         }

@@ -1,104 +1,368 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* Pages that will be touched next. */
+/*
+ * Pages that will be touched next: the neighbours of a fault.
+ *
+ * A faulting page is mapped back to the guest-virtual pages that map it, and
+ * the pages around these are translated to pages of RAM; both through the
+ * virtual runs of the snapshot. What no address space maps has its
+ * neighbours in the file, which is written in locality order. How far to go,
+ * and in which direction, is the predictor's.
+ *
+ * Nothing here is on the way of a waiting fault: it is looked at when the
+ * requested page is with the socket and no other request is there. What the
+ * snapshot says of address spaces is a hint; where it is damaged, physical
+ * neighbours are taken.
+ */
 #include "pager.h"
 
-static void push_window(ps_pager *pager, uint64_t number, uint64_t centre)
-{
-    struct window *window;
+/* Mappings of a page that are compared. */
+#define MAPPINGS 16u
+/* Runs that are passed to take one step of a stride. */
+#define RUN_STEPS 160u
+/* Places that are looked at for each page that is to be sent. */
+#define LOOKS 4u
+/* A raw block is read whole for a window of so many pages. */
+#define WHOLE 4u
 
-    pager->window_top = (pager->window_top + 1) % WINDOWS;
-    if (pager->window_count < WINDOWS) {
-        pager->window_count++;
+/* Lines of the predictor; address spaces come after these. */
+enum {
+    LINE_PHYSICAL,
+    LINE_FILE,
+    LINE_SPACES,
+};
+
+/* A place on a line, from which one goes on. */
+struct cursor {
+    uint32_t kind; /* a ps_prefetch_kind */
+    uint64_t line;
+    uint64_t at; /* virtual or global page number, or canonical number */
+    /* Of a virtual one: */
+    uint64_t first_run; /* of the space */
+    uint64_t end_run;
+    uint64_t number; /* of the run it is in */
+    ps_format_run run;
+};
+
+void pager_plan_prefetch(ps_pager *pager, uint64_t global)
+{
+    struct prefetch *prefetch = &pager->prefetch;
+
+    if (pager->options.prefetch == PS_PREFETCH_NONE && pager->trace.fd < 0) {
+        return;
     }
-    window = &pager->windows[pager->window_top];
-    window->number = number;
-    window->centre = centre;
-    window->resolved = false;
-}
-
-static void pop_window(ps_pager *pager)
-{
-    pager->window_top = (pager->window_top + WINDOWS - 1) % WINDOWS;
-    pager->window_count--;
-}
-
-void pager_plan_prefetch(ps_pager *pager, const struct ram *ram, uint64_t page,
-                         uint64_t entry)
-{
-    if (pager->options.prefetch == PS_PREFETCH_PHYSICAL &&
-        pager->options.prefetch_window > 0 && ram->host_pages == 1 &&
-        ps_entry_class(entry) == PS_CLASS_DATA) {
-        push_window(pager, ps_entry_value(entry) >> pager->image->block_shift,
-                    ram->first + page);
+    if (prefetch->pending_count == PENDING) {
+        prefetch->pending_head = (prefetch->pending_head + 1) % PENDING;
+        prefetch->pending_count--;
     }
+    prefetch->pending[(prefetch->pending_head + prefetch->pending_count++) %
+                      PENDING] = (uint32_t)global;
 }
 
-/* -------------------------------------------------------------- prefetch */
-
-static int compare_u64(const void *a, const void *b)
+bool pager_prefetch_pending(const ps_pager *pager)
 {
-    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
-
-    return (x > y) - (x < y);
+    return pager->prefetch.pending_count > 0 || pager->prefetch.count > 0;
 }
 
-/* The owners of the block's pages, nearest first in guest-physical order. */
-static int resolve_window(ps_pager *pager, struct window *window, ps_error *err)
+/* ------------------------------------------------------------- neighbours */
+
+/* Of several mappings the one at which a fault was foreseen, else one of the
+   space that faulted last, else the first. */
+static const ps_mapping *choose(const ps_pager *pager,
+                                const ps_mapping *mappings, size_t count)
 {
-    ps_image *image = pager->image;
-    ps_block_info info;
-    int r = ps_image_block(image, window->number, &info, err);
+    const struct prefetch *prefetch = &pager->prefetch;
+    const ps_mapping *best = &mappings[0];
 
-    window->resolved = true;
-    window->count = 0;
-    window->next = 0;
-    for (uint32_t i = 0; !r && i < info.pages; i++) {
-        uint64_t global, page;
-        uint32_t block;
-        bool yes;
-
-        r = ps_image_owner(image, info.first + i, &global, err);
-        if (!r) {
-            r = pager_wanted(pager, global, &block, &page, &yes, err);
+    for (size_t i = 0; i < count; i++) {
+        if (ps_predictor_expects(&prefetch->predictor,
+                                 LINE_SPACES + mappings[i].space,
+                                 mappings[i].address >> PS_PAGE_BITS)) {
+            return &mappings[i];
         }
-        if (!r && yes && pager->ram[block].host_pages == 1) {
-            uint64_t distance = global > window->centre
-                                    ? global - window->centre
-                                    : window->centre - global;
-
-            window->pages[window->count++] = distance << 32 | global;
+        if (mappings[i].space == prefetch->space) {
+            best = &mappings[i];
         }
     }
+    return best;
+}
+
+/* Point the cursor at a mapping of the page; false: there is none. */
+static int find_virtual(ps_pager *pager, uint64_t global, struct cursor *cursor,
+                        bool *found, ps_error *err)
+{
+    ps_mapping mappings[MAPPINGS];
+    const ps_mapping *mapping;
+    ps_space space;
+    size_t count;
+    int r = ps_image_find_mappings(pager->image, global, mappings, MAPPINGS,
+                                   &count, err);
+
+    *found = !r && count > 0;
+    if (!*found) {
+        return r;
+    }
+    mapping = choose(pager, mappings, count);
+    r = ps_image_space(pager->image, mapping->space, &space, err);
     if (r) {
         return r;
     }
-    qsort(window->pages, window->count, sizeof(window->pages[0]), compare_u64);
-    window->count =
-        (uint32_t)min_u64(window->count, pager->options.prefetch_window);
-    window->whole = window->count * 4 >= info.pages;
+    pager->prefetch.space = mapping->space;
+    *cursor = (struct cursor){
+        .kind = PS_KIND_VIRTUAL,
+        .line = LINE_SPACES + (uint64_t)mapping->space,
+        .at = mapping->address >> PS_PAGE_BITS,
+        .first_run = space.first_run,
+        .end_run = space.first_run + space.run_count,
+        .number = mapping->run,
+    };
+    return ps_image_run(pager->image, mapping->run, &cursor->run, err);
+}
+
+static int find_place(ps_pager *pager, uint64_t global, uint64_t entry,
+                      struct cursor *cursor, ps_error *err)
+{
+    struct prefetch *prefetch = &pager->prefetch;
+
+    if (pager->options.prefetch == PS_PREFETCH_VIRTUAL) {
+        if (!prefetch->spaces_unusable) {
+            bool found;
+
+            if (find_virtual(pager, global, cursor, &found, err)) {
+                prefetch->spaces_unusable = true;
+            } else if (found) {
+                return PS_OK;
+            }
+        }
+        if (ps_entry_class(entry) == PS_CLASS_DATA) {
+            *cursor = (struct cursor){.kind = PS_KIND_FILE,
+                                      .line = LINE_FILE,
+                                      .at = ps_entry_value(entry)};
+            return PS_OK;
+        }
+    }
+    *cursor = (struct cursor){
+        .kind = PS_KIND_PHYSICAL, .line = LINE_PHYSICAL, .at = global};
     return PS_OK;
 }
 
-/* One batch of the newest window. */
-int pager_send_prefetch(ps_pager *pager, uint64_t pages, ps_error *err)
+static int step_virtual(ps_pager *pager, struct cursor *cursor, uint64_t target,
+                        uint64_t *global, bool *there, ps_error *err)
 {
-    struct window *window = &pager->windows[pager->window_top];
-    struct channel *channel = &pager->main;
-    bool begun = false;
+    for (uint32_t i = 0; i < RUN_STEPS; i++) {
+        uint64_t first = cursor->run.address >> PS_PAGE_BITS;
+        int r;
+
+        if (target >= first && target - first < cursor->run.pages) {
+            *global = cursor->run.first + (target - first);
+            *there = true;
+            return PS_OK;
+        }
+        if (target < first) {
+            if (target > cursor->at || cursor->number == cursor->first_run) {
+                return PS_OK; /* a hole */
+            }
+            cursor->number--;
+        } else {
+            if (target < cursor->at || cursor->number + 1 >= cursor->end_run) {
+                return PS_OK;
+            }
+            cursor->number++;
+        }
+        r = ps_image_run(pager->image, cursor->number, &cursor->run, err);
+        if (r) {
+            return r;
+        }
+    }
+    return PS_OK;
+}
+
+/* One stride on; there is false at the end of what is mapped, or of RAM. */
+static int step(ps_pager *pager, struct cursor *cursor, int64_t stride,
+                uint64_t *global, bool *there, ps_error *err)
+{
+    uint64_t target = cursor->at + (uint64_t)stride;
+    uint32_t block, other;
+    uint64_t page;
     int r = PS_OK;
 
-    if (!window->resolved) {
-        r = resolve_window(pager, window, err);
+    *there = false;
+    switch (cursor->kind) {
+    case PS_KIND_VIRTUAL:
+        r = step_virtual(pager, cursor, target, global, there, err);
+        break;
+    case PS_KIND_FILE:
+        if (target < pager->image->canonical_pages) {
+            r = ps_image_owner(pager->image, target, global, err);
+            *there = !r;
+        }
+        break;
+    default:
+        *global = target;
+        *there = ps_image_place(pager->image, cursor->at, &block, &page) &&
+                 ps_image_place(pager->image, target, &other, &page) &&
+                 block == other;
+        break;
     }
-    while (!r && pages > 0 && window->next < window->count) {
-        uint64_t global = window->pages[window->next++] & UINT32_MAX;
+    cursor->at = target;
+    return r;
+}
+
+/* ---------------------------------------------------------------- windows */
+
+/* Fill a window with what is to be sent; *ahead is the place where it ends. */
+static int fill_window(ps_pager *pager, struct cursor *cursor,
+                       const ps_prediction *prediction, struct window *window,
+                       ps_error *err)
+{
+    uint32_t looks = LOOKS * prediction->pages;
+
+    window->kind = cursor->kind;
+    window->count = 0;
+    window->next = 0;
+    while (window->count < prediction->pages && looks-- > 0) {
+        uint64_t global, page;
+        uint32_t block;
+        bool there, yes;
+        int r = step(pager, cursor, prediction->stride, &global, &there, err);
+
+        if (!r && there) {
+            r = pager_wanted(pager, global, &block, &page, &yes, err);
+        }
+        if (r || !there) {
+            return r;
+        }
+        if (yes && pager->ram[block].host_pages == 1) {
+            window->pages[window->count++] = (uint32_t)global;
+        }
+    }
+    /* The place behind it, where a fault says that it was right. */
+    cursor->at += (uint64_t)prediction->stride;
+    return PS_OK;
+}
+
+static struct window *push_window(struct prefetch *prefetch)
+{
+    prefetch->top = (prefetch->top + 1) % WINDOWS;
+    if (prefetch->count < WINDOWS) {
+        prefetch->count++;
+    }
+    return &prefetch->windows[prefetch->top];
+}
+
+static void pop_window(struct prefetch *prefetch)
+{
+    prefetch->top = (prefetch->top + WINDOWS - 1) % WINDOWS;
+    prefetch->count--;
+}
+
+static void trace_fault(ps_pager *pager, uint64_t global, uint64_t entry,
+                        const struct cursor *place,
+                        const ps_prediction *prediction, uint32_t pages)
+{
+    bool is_virtual = place && place->kind == PS_KIND_VIRTUAL;
+
+    ps_trace_add(
+        &pager->trace,
+        &(ps_trace_record){
+            .time = pager->now - pager->began,
+            .address = is_virtual ? place->at << PS_PAGE_BITS : UINT64_MAX,
+            .page = (uint32_t)global,
+            .space =
+                is_virtual ? (uint32_t)(place->line - LINE_SPACES) : UINT32_MAX,
+            .stride = (int16_t)(prediction ? prediction->stride : 0),
+            .window = (uint16_t)pages,
+            .kind = place ? (uint8_t)place->kind : PS_TRACE_NONE8,
+            .flags = (uint8_t)((entry_needs_update(entry) ? 0 : PS_TRACE_ZERO) |
+                               (prediction && prediction->confirms
+                                    ? PS_TRACE_CONFIRMS
+                                    : 0)),
+        });
+}
+
+/* Look at one fault: choose what follows it. */
+static int plan(ps_pager *pager, uint64_t global, ps_error *err)
+{
+    struct prefetch *prefetch = &pager->prefetch;
+    const struct ps_prediction_record *right;
+    ps_prediction prediction;
+    struct cursor place, cursor;
+    struct window *window;
+    uint64_t entry;
+    int r = ps_image_entry(pager->image, global, &entry, err);
+
+    if (r) {
+        return r;
+    }
+    if (pager->options.prefetch == PS_PREFETCH_NONE) {
+        trace_fault(pager, global, entry, NULL, NULL, 0);
+        return PS_OK;
+    }
+    r = find_place(pager, global, entry, &place, err);
+    if (r) {
+        return r;
+    }
+    prediction =
+        ps_predictor_fault(&prefetch->predictor, place.line, place.at, &right);
+    if (right && right->sent > 0) {
+        ps_counter_add(&pager->stats.prefetch[right->kind].windows_right, 1);
+        ps_counter_add(&pager->stats.prefetch[right->kind].pages_right,
+                       right->sent);
+    }
+    if (prediction.covered) {
+        trace_fault(pager, global, entry, &place, &prediction, 0);
+        return PS_OK;
+    }
+    window = push_window(prefetch);
+    cursor = place;
+    r = fill_window(pager, &cursor, &prediction, window, err);
+    if (r && cursor.kind == PS_KIND_VIRTUAL) {
+        prefetch->spaces_unusable = true;
+        r = PS_OK;
+    }
+    if (r) {
+        pop_window(prefetch);
+        return r;
+    }
+    window->record =
+        ps_predictor_window(&prefetch->predictor, place.line, place.at,
+                            &prediction, cursor.at, place.kind);
+    trace_fault(pager, global, entry, &place, &prediction, window->count);
+    if (window->count == 0) {
+        pop_window(prefetch);
+    } else {
+        ps_counter_add(&pager->stats.prefetch[window->kind].windows, 1);
+    }
+    return PS_OK;
+}
+
+/* One batch of the newest window; a further block is decoded for the next. */
+static int send_window(ps_pager *pager, struct window *window, uint64_t pages,
+                       ps_error *err)
+{
+    struct channel *channel = &pager->main;
+    bool single = window->count < WHOLE;
+    bool begun = false;
+    uint32_t sent = 0;
+
+    while (pages > 0 && window->next < window->count) {
+        uint64_t global = window->pages[window->next];
         uint64_t page;
         uint32_t block;
-        bool yes;
+        bool yes, storage;
+        int r = pager_wanted(pager, global, &block, &page, &yes, err);
 
-        r = pager_wanted(pager, global, &block, &page, &yes, err);
-        if (r || !yes) {
+        if (!r && yes) {
+            r = pager_needs_storage(pager, global, &storage, err);
+        }
+        if (r) {
+            return r;
+        }
+        if (!yes) {
+            window->next++;
             continue;
+        }
+        if (storage && begun) {
+            break; /* look for requests before each read */
         }
         if (!begun) {
             pager_begin_section(pager, channel, QEMU_VM_SECTION_PART);
@@ -106,16 +370,70 @@ int pager_send_prefetch(ps_pager *pager, uint64_t pages, ps_error *err)
         }
         pager_start_transfer(pager, channel, block, page, true,
                              CAUSE_PREFETCHED, 0);
-        r = pager_go_on(pager, channel, &pages, !window->whole, err);
+        r = pager_go_on(pager, channel, &pages, single, err);
+        if (r) {
+            return r;
+        }
+        window->next++;
+        sent++;
     }
-    if (r) {
-        return r;
-    }
-    if (window->next == window->count) {
-        pop_window(pager);
-    }
+    ps_predictor_sent(&pager->prefetch.predictor, window->record, sent);
+    ps_counter_add(&pager->stats.prefetch[window->kind].pages, sent);
     if (begun) {
         pager_submit(pager, channel);
     }
     return PS_OK;
+}
+
+int pager_send_prefetch(ps_pager *pager, uint64_t pages, ps_error *err)
+{
+    struct prefetch *prefetch = &pager->prefetch;
+    struct window *window;
+    int r = PS_OK;
+
+    while (!r && prefetch->pending_count > 0) {
+        uint32_t global = prefetch->pending[prefetch->pending_head];
+
+        prefetch->pending_head = (prefetch->pending_head + 1) % PENDING;
+        prefetch->pending_count--;
+        r = plan(pager, global, err);
+    }
+    if (r || prefetch->count == 0) {
+        return r;
+    }
+    window = &prefetch->windows[prefetch->top];
+    r = send_window(pager, window, pages, err);
+    if (!r && window->next == window->count) {
+        pop_window(prefetch);
+    }
+    return r;
+}
+
+void pager_trace_late(ps_pager *pager, uint64_t global)
+{
+    ps_trace_add(&pager->trace, &(ps_trace_record){
+                                    .time = pager->now - pager->began,
+                                    .address = UINT64_MAX,
+                                    .page = (uint32_t)global,
+                                    .space = UINT32_MAX,
+                                    .kind = PS_TRACE_NONE8,
+                                    .flags = PS_TRACE_LATE,
+                                });
+}
+
+int pager_init_prefetch(ps_pager *pager, ps_error *err)
+{
+    uint32_t largest = pager->options.prefetch_window;
+    struct prefetch *prefetch = &pager->prefetch;
+
+    prefetch->space = UINT64_MAX;
+    prefetch->spaces_unusable = ps_image_run_count(pager->image) == 0;
+    return ps_predictor_init(&prefetch->predictor,
+                             largest < PS_MAX_WINDOW ? largest : PS_MAX_WINDOW,
+                             err);
+}
+
+void pager_deinit_prefetch(ps_pager *pager)
+{
+    ps_predictor_deinit(&pager->prefetch.predictor);
 }

@@ -159,6 +159,19 @@ const uint8_t *pager_block_at_hand(ps_pager *pager, uint64_t number)
                : ps_block_cache_find(&pager->cache, number);
 }
 
+/* Would sending this page read or decode a block? */
+int pager_needs_storage(ps_pager *pager, uint64_t global, bool *yes,
+                        ps_error *err)
+{
+    uint64_t entry;
+    int r = ps_image_entry(pager->image, global, &entry, err);
+
+    *yes = !r && ps_entry_class(entry) == PS_CLASS_DATA &&
+           !pager_block_at_hand(pager, ps_entry_value(entry) >>
+                                           pager->image->block_shift);
+    return r;
+}
+
 /* Content of a canonical page, checked. single: a page of a block that is
    stored as it is comes without the rest of the block. */
 static int read_canonical(ps_pager *pager, uint64_t canonical, bool single,

@@ -16,6 +16,7 @@
 #include "common.h"
 #include "histogram.h"
 #include "image.h"
+#include "trace.h"
 #include "tiny_image.h"
 
 #define RAM 0u
@@ -133,7 +134,8 @@ static struct setup usual(void)
                  .name = {"pc.ram", "pc.bios"},
                  .pages = {RAM_PAGES, ROM_PAGES},
                  .page = usual_page},
-        .options = {.in_flight_bytes = 64 << 10,
+        .options = {.trace_fd = -1,
+                    .in_flight_bytes = 64 << 10,
                     .cache_bytes = 1 << 20,
                     .background_delay_ns = 1000000},
     };
@@ -716,31 +718,182 @@ static void test_faults_in_background(void)
     }
 }
 
+/* These pages, in one or more sections. */
+static void expect_pages(struct test *t, const uint64_t *pages, size_t count)
+{
+    size_t at = 0;
+
+    while (at < count && take_section(t) == QEMU_VM_SECTION_PART) {
+        for (size_t i = 0; i < t->logged; i++, at++) {
+            CHECK_MSG(at < count && t->log[i].page == pages[at],
+                      "%s: page %llu came, not %llu", running,
+                      (unsigned long long)t->log[i].page,
+                      (unsigned long long)(at < count ? pages[at] : 0));
+        }
+    }
+    CHECK(at == count);
+}
+
 static void test_prefetch(bool zstd)
 {
     struct setup setup = usual();
     struct test t;
+    ps_pager_stats stats;
 
     setup.tiny.zstd = zstd;
     setup.options.prefetch = PS_PREFETCH_PHYSICAL;
     setup.options.prefetch_window = 5;
     begin(&t, &setup);
-    /* Six of eight pages are data: block 0 owns 2..7, 10..15, 18..21. */
+    /* 16 is a zero page; 17 is a fill page. */
     fault(&t, RAM, 12);
-    CHECK(take_section(&t) == QEMU_VM_SECTION_PART);
-    CHECK(t.logged == 5);
-    CHECK(t.log[0].page == 11 && t.log[1].page == 13);
-    CHECK(t.log[2].page == 10 && t.log[3].page == 14);
-    CHECK(t.log[4].page == 15);
+    expect_pages(&t, (const uint64_t[]){13, 14, 15, 17, 18}, 5);
     CHECK(nothing_comes(&t, &t.main, 20));
     request(&t, RAM, 13); /* late: nothing comes, nothing is planned */
-    fault(&t, RAM, 18);
-    CHECK(take_section(&t) == QEMU_VM_SECTION_PART);
-    CHECK(t.logged == 5 && t.log[0].page == 19 && t.log[4].page == 6);
-    CHECK(stats_of(&t).pages_prefetched == 10);
+    /* Just behind the window: it was right. */
+    fault(&t, RAM, 19);
+    expect_pages(&t, (const uint64_t[]){20, 21, 22, 23, 25}, 5);
+    stats = stats_of(&t);
+    CHECK(stats.pages_prefetched == 10);
+    CHECK(stats.prefetch[PS_KIND_PHYSICAL].windows == 2);
+    CHECK(stats.prefetch[PS_KIND_PHYSICAL].windows_right == 1);
+    CHECK(stats.prefetch[PS_KIND_PHYSICAL].pages == 10);
+    CHECK(stats.prefetch[PS_KIND_PHYSICAL].pages_right == 5);
     CHECK(stats_of(&t).faults_late == 1);
     ps_pager_finish(t.pager);
     end_well(&t);
+}
+
+/*
+ * Two processes. The first maps 40 pages that lie anywhere in RAM, with a
+ * hole after 24 of them; the second one of these pages and eight others.
+ */
+#define FIRST_VIRTUAL UINT64_C(0x400000)
+
+static uint32_t scattered(uint32_t i)
+{
+    return 2 + i * 37 % 512 / 8 * 8 + i % 6; /* always a data page */
+}
+
+static void map_processes(ps_format_run *runs, ps_format_space *spaces)
+{
+    for (uint32_t i = 0; i < 40; i++) {
+        runs[i] = (ps_format_run){
+            .address = FIRST_VIRTUAL + (i + (i < 24 ? 0 : 100)) * PS_PAGE_SIZE,
+            .first = scattered(i),
+            .pages = 1};
+    }
+    runs[40] =
+        (ps_format_run){.address = 0x7000, .first = 512 + 10, .pages = 6};
+    runs[41] =
+        (ps_format_run){.address = 0xd000, .first = scattered(30), .pages = 1};
+    runs[42] =
+        (ps_format_run){.address = 0xe000, .first = 512 + 100, .pages = 2};
+    spaces[0] = (ps_format_space){
+        .root = 0x1000, .kind = PS_SPACE_USER, .run_count = 40};
+    spaces[1] = (ps_format_space){
+        .root = 0x2000, .kind = PS_SPACE_USER, .first_run = 40, .run_count = 3};
+}
+
+static void test_virtual(bool zstd, bool damaged)
+{
+    ps_format_run runs[43] = {0};
+    ps_format_space spaces[2] = {0};
+    struct setup setup = usual();
+    struct test t;
+    uint64_t want[16];
+
+    map_processes(runs, spaces);
+    setup.tiny.zstd = zstd;
+    setup.tiny.spaces = spaces;
+    setup.tiny.space_count = 2;
+    setup.tiny.runs = runs;
+    setup.tiny.run_count = 43;
+    setup.options.prefetch = PS_PREFETCH_VIRTUAL;
+    setup.options.prefetch_window = 16;
+    if (damaged) {
+        runs[5].pages = 0;
+    }
+    begin(&t, &setup);
+    if (damaged) {
+        /* The hint is worth nothing, the page is right all the same. */
+        fault(&t, RAM, scattered(4));
+        fault(&t, RAM, scattered(9));
+        ps_pager_finish(t.pager);
+        end_well(&t);
+        return;
+    }
+    fault(&t, RAM, scattered(2)); /* a first window of eight */
+    for (uint32_t i = 0; i < 8; i++) {
+        want[i] = scattered(3 + i);
+    }
+    expect_pages(&t, want, 8);
+    fault(&t, RAM, scattered(11)); /* right: sixteen, but for the hole */
+    for (uint32_t i = 0; i < 12; i++) {
+        want[i] = scattered(12 + i);
+    }
+    expect_pages(&t, want, 12);
+    CHECK(nothing_comes(&t, &t.main, 20));
+    /* A page of both: where the second process goes on from it. */
+    fault(&t, RAM, 512 + 10);
+    expect_pages(&t,
+                 (const uint64_t[]){512 + 11, 512 + 12, 512 + 13, 512 + 14,
+                                    512 + 15, scattered(30), 512 + 100,
+                                    512 + 101},
+                 8);
+    CHECK(nothing_comes(&t, &t.main, 20));
+    /* Nobody maps it: its neighbours in the file. */
+    fault(&t, RAM, 3002);
+    CHECK(take_section(&t) == QEMU_VM_SECTION_PART);
+    CHECK(t.logged > 0 && t.log[0].page == 3003);
+    CHECK(stats_of(&t).prefetch[PS_KIND_VIRTUAL].windows == 3);
+    CHECK(stats_of(&t).prefetch[PS_KIND_VIRTUAL].pages_right == 8);
+    CHECK(stats_of(&t).prefetch[PS_KIND_FILE].windows == 1);
+    ps_pager_finish(t.pager);
+    end_well(&t);
+}
+
+static void test_trace(void)
+{
+    ps_format_run runs[43] = {0};
+    ps_format_space spaces[2] = {0};
+    struct setup setup = usual();
+    struct test t;
+    ps_trace_header header;
+    ps_trace_record records[8];
+    int fd = memfd_create("trace", MFD_CLOEXEC);
+
+    map_processes(runs, spaces);
+    setup.tiny.spaces = spaces;
+    setup.tiny.space_count = 2;
+    setup.tiny.runs = runs;
+    setup.tiny.run_count = 43;
+    setup.options.prefetch = PS_PREFETCH_VIRTUAL;
+    setup.options.prefetch_window = 4;
+    setup.options.trace_fd = fd;
+    begin(&t, &setup);
+    fault(&t, RAM, scattered(2));
+    expect_pages(&t,
+                 (const uint64_t[]){scattered(3), scattered(4), scattered(5),
+                                    scattered(6)},
+                 4);
+    request(&t, RAM, scattered(3)); /* late */
+    fault(&t, RAM, 8);              /* zero */
+    ps_pager_finish(t.pager);
+    end_well(&t);
+    CHECK(pread(fd, &header, sizeof(header), 0) == sizeof(header));
+    CHECK(memcmp(header.magic, PS_TRACE_MAGIC, 8) == 0);
+    CHECK(header.version == 1 && header.record_size == sizeof(records[0]));
+    CHECK(header.uuid[0] == 0x42);
+    CHECK(pread(fd, records, sizeof(records), sizeof(header)) ==
+          3 * sizeof(records[0]));
+    CHECK(records[0].page == scattered(2) && records[0].space == 0);
+    CHECK(records[0].address == FIRST_VIRTUAL + 2 * PS_PAGE_SIZE);
+    CHECK(records[0].window == 4 && records[0].stride == 1);
+    CHECK(records[0].kind == PS_KIND_VIRTUAL && records[0].flags == 0);
+    CHECK(records[1].page == scattered(3) && records[1].flags == PS_TRACE_LATE);
+    CHECK(records[2].page == 8 && records[2].flags == PS_TRACE_ZERO);
+    CHECK(records[2].time >= records[0].time);
+    close(fd);
 }
 
 /* Requests that are there at the same time all go before any prefetch. */
@@ -857,8 +1010,8 @@ static void test_huge(bool zstd, bool preempt, uint64_t rate)
         CHECK(stats.pages_requested == 3 * 512);
         CHECK(stats.pages_prefetched == 0); /* host pages are enough */
         fault(&t, ROM, 20);
-        CHECK(take_section(&t) == QEMU_VM_SECTION_PART);
-        CHECK(t.logged > 5 && t.log[0].block == ROM);
+        expect_pages(&t, (const uint64_t[]){21, 22, 23, 24, 25, 26, 27, 28}, 8);
+        CHECK(t.log[0].block == ROM);
     } else {
         request(&t, RAM, 512);
         for (int i = 0; i < 512; i++) {
@@ -894,10 +1047,10 @@ static void test_preempt(bool as_in_8_0)
     request(&t, RAM, 12);
     CHECK(take_entry(&t, &t.preempt) && t.logged == 1);
     CHECK(take_section(&t) == QEMU_VM_SECTION_PART);
-    CHECK(t.logged == 4 && t.log[0].page == 11); /* prefetch: main channel */
+    CHECK(t.logged == 4 && t.log[0].page == 13); /* prefetch: main channel */
     request(&t, RAM, 8);                         /* zero */
     request(&t, ROM, 0);
-    request(&t, RAM, 13); /* late: it went by the main channel */
+    request(&t, RAM, 14); /* late: it went by the main channel */
     request(&t, RAM, 100);
     for (int i = 0; i < 3; i++) {
         CHECK(take_entry(&t, &t.preempt));
@@ -1523,6 +1676,8 @@ int main(void)
         RUN(test_background(zstd, 1, false));
         RUN(test_background(zstd, 512, true));
         RUN(test_prefetch(zstd));
+        RUN(test_virtual(zstd, false));
+        RUN(test_virtual(zstd, true));
         RUN(test_damaged(zstd));
         RUN(test_finish_before_run(zstd, 1));
         RUN(test_finish_before_run(zstd, 16));
@@ -1532,6 +1687,7 @@ int main(void)
     }
     RUN(test_faults_in_background());
     RUN(test_order());
+    RUN(test_trace());
     RUN(test_split_messages());
     RUN(test_long_request());
     RUN(test_preempt(false));

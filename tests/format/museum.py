@@ -330,7 +330,8 @@ SpaceDraft = tuple[int, int, list[tuple[int, int, int]]]
 
 def with_spaces(to: Draft, spaces: list[SpaceDraft]) -> Draft:
     """Add address spaces to a draft."""
-    records, runs, index = b"", b"", []
+    records, runs = b"", b""
+    index: list[tuple[int, int, int, int, int]] = []
     for number, (kind, root, mapped) in enumerate(spaces):
         first = len(index)
         shared = {
