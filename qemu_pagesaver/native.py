@@ -683,7 +683,7 @@ class Image:
 
     def spaces(self) -> tuple[Space, ...]:
         """Return the guest's address spaces; none where the file does not tell."""
-        out = ffi.new("ps_space *")
+        out = ffi.new("ps_space_info *")
         error = _new_error()
         found = []
         for index in range(lib.ps_image_space_count(self._image)):
@@ -694,7 +694,7 @@ class Image:
 
     def virtual_runs(self, space: Space) -> Iterator[VirtualRun]:
         """Yield the runs of an address space, in order of their addresses."""
-        out = ffi.new("ps_virtual_run *")
+        out = ffi.new("ps_run_info *")
         error = _new_error()
         for index in range(space.first_run, space.first_run + space.run_count):
             code = lib.ps_image_virtual_run(self._image, index, out, error)
@@ -706,7 +706,7 @@ class Image:
     ) -> tuple[Mapping, ...]:
         """Return where address spaces map a page."""
         self._pages(block, page, 1)
-        out = ffi.new("ps_mapping[]", at_most)
+        out = ffi.new("ps_page_mapping[]", at_most)
         count = ffi.new("size_t *")
         error = _new_error()
         code = lib.ps_image_mappings(

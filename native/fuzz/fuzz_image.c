@@ -140,16 +140,16 @@ static void read_spaces(ps_image *image)
 {
     uint64_t spaces = ps_image_space_count(image);
     uint64_t runs = ps_image_run_count(image);
-    ps_mapping mappings[4];
+    ps_page_mapping mappings[4];
     ps_error err;
 
     for (uint64_t i = 0; i < spaces && i < 64; i++) {
-        ps_space space;
+        ps_space_info space;
 
         (void)ps_image_space(image, i, &space, &err);
     }
     for (uint64_t i = 0; i < runs; i += runs / 64 + 1) {
-        ps_virtual_run run;
+        ps_run_info run;
         size_t count;
 
         if (ps_image_virtual_run(image, i, &run, &err) == PS_OK) {

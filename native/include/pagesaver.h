@@ -277,7 +277,7 @@ int ps_image_runs(ps_image *image, uint32_t block, uint64_t first, ps_run *runs,
                   ps_error *err);
 
 /* An address space of the guest. */
-typedef struct ps_space {
+typedef struct ps_space_info {
     uint64_t root; /* guest-physical address of its top table */
     uint32_t kind; /* 1 user, 2 kernel */
     uint32_t mode; /* a ps_paging_mode */
@@ -285,34 +285,34 @@ typedef struct ps_space {
     uint64_t run_count;
     uint64_t pages;        /* mapped, and in a RAM block */
     uint64_t pages_shared; /* of these, mapped by another space as well */
-} ps_space;
+} ps_space_info;
 
 /* Pages that lie one after the other, guest-virtual and guest-physical. */
-typedef struct ps_virtual_run {
+typedef struct ps_run_info {
     uint64_t address; /* guest-virtual */
     uint64_t page;    /* the first, within its RAM block */
     uint32_t block;
     uint32_t pages;
-} ps_virtual_run;
+} ps_run_info;
 
 /* Where an address space maps a page. */
-typedef struct ps_mapping {
+typedef struct ps_page_mapping {
     uint64_t address; /* guest-virtual */
     uint64_t run;     /* in which virtual run */
     uint32_t space;
     uint32_t index; /* of the page in the run */
-} ps_mapping;
+} ps_page_mapping;
 
 /* How many there are; 0 and 0 in files that do not tell. */
 uint64_t ps_image_space_count(const ps_image *image);
 uint64_t ps_image_run_count(const ps_image *image);
-int ps_image_space(ps_image *image, uint64_t index, ps_space *out,
+int ps_image_space(ps_image *image, uint64_t index, ps_space_info *out,
                    ps_error *err);
-int ps_image_virtual_run(ps_image *image, uint64_t index, ps_virtual_run *out,
+int ps_image_virtual_run(ps_image *image, uint64_t index, ps_run_info *out,
                          ps_error *err);
 /* All mappings of a page, capacity of them at most. */
 int ps_image_mappings(ps_image *image, uint32_t block, uint64_t page,
-                      ps_mapping *out, size_t capacity, size_t *count,
+                      ps_page_mapping *out, size_t capacity, size_t *count,
                       ps_error *err);
 
 /* Long work, with progress and cancellation from any thread. */

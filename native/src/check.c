@@ -236,7 +236,7 @@ static int check_space(checker *check, uint64_t index, uint64_t *next_run,
     uint64_t at = image->sections[PS_SECTION_SPACES].offset +
                   index * sizeof(ps_format_space);
     uint64_t end = 0;
-    ps_space space;
+    ps_space_info space;
     int ret = ps_image_space(image, index, &space, err);
 
     if (ret) {
@@ -284,7 +284,7 @@ static int check_run_index(checker *check, ps_error *err)
         const char *fault = NULL;
         ps_format_run_index entry;
         ps_format_run run;
-        ps_space space;
+        ps_space_info space;
         int ret;
 
         memcpy(&entry, section->bytes + at, sizeof(entry));

@@ -255,8 +255,9 @@ int ps_image_read_raw_page(ps_image *image, const ps_block_info *info,
 int ps_image_run(ps_image *image, uint64_t number, ps_format_run *out,
                  ps_error *err);
 /* Mappings of a page by its global number. */
-int ps_image_find_mappings(ps_image *image, uint64_t global, ps_mapping *out,
-                           size_t capacity, size_t *count, ps_error *err);
+int ps_image_find_mappings(ps_image *image, uint64_t global,
+                           ps_page_mapping *out, size_t capacity, size_t *count,
+                           ps_error *err);
 
 /* ----------------------------------------------------------------- cache */
 

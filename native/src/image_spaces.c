@@ -45,7 +45,7 @@ static int damaged(ps_image *image, uint32_t type, uint64_t number,
                    (unsigned long long)number, fault);
 }
 
-int ps_image_space(ps_image *image, uint64_t index, ps_space *out,
+int ps_image_space(ps_image *image, uint64_t index, ps_space_info *out,
                    ps_error *err)
 {
     uint64_t runs = ps_image_run_count(image);
@@ -64,7 +64,7 @@ int ps_image_space(ps_image *image, uint64_t index, ps_space *out,
                        "reserved bits that are not 0",
                        err);
     }
-    *out = (ps_space){
+    *out = (ps_space_info){
         .root = space.root,
         .kind = space.kind,
         .mode = space.mode,
@@ -98,7 +98,7 @@ int ps_image_run(ps_image *image, uint64_t number, ps_format_run *out,
     return PS_OK;
 }
 
-int ps_image_virtual_run(ps_image *image, uint64_t index, ps_virtual_run *out,
+int ps_image_virtual_run(ps_image *image, uint64_t index, ps_run_info *out,
                          ps_error *err)
 {
     ps_format_run run;
@@ -107,7 +107,7 @@ int ps_image_virtual_run(ps_image *image, uint64_t index, ps_virtual_run *out,
     if (ret) {
         return ret;
     }
-    *out = (ps_virtual_run){.address = run.address, .pages = run.pages};
+    *out = (ps_run_info){.address = run.address, .pages = run.pages};
     ps_image_place(image, run.first, &out->block, &out->page);
     return PS_OK;
 }
@@ -137,8 +137,9 @@ static int index_after(ps_image *image, uint64_t global, uint64_t *out,
     return PS_OK;
 }
 
-int ps_image_find_mappings(ps_image *image, uint64_t global, ps_mapping *out,
-                           size_t capacity, size_t *count, ps_error *err)
+int ps_image_find_mappings(ps_image *image, uint64_t global,
+                           ps_page_mapping *out, size_t capacity, size_t *count,
+                           ps_error *err)
 {
     uint64_t leaf = global & ~(uint64_t)(PS_LEAF_PAGES - 1);
     uint64_t at;
@@ -171,7 +172,7 @@ int ps_image_find_mappings(ps_image *image, uint64_t global, ps_mapping *out,
         if (!ret) {
             uint64_t index = global - run.first;
 
-            out[(*count)++] = (ps_mapping){
+            out[(*count)++] = (ps_page_mapping){
                 .address = run.address + (index << PS_PAGE_BITS),
                 .run = entry.run,
                 .space = entry.space,
@@ -183,7 +184,7 @@ int ps_image_find_mappings(ps_image *image, uint64_t global, ps_mapping *out,
 }
 
 int ps_image_mappings(ps_image *image, uint32_t block, uint64_t page,
-                      ps_mapping *out, size_t capacity, size_t *count,
+                      ps_page_mapping *out, size_t capacity, size_t *count,
                       ps_error *err)
 {
     *count = 0;

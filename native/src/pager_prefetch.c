@@ -67,11 +67,11 @@ bool pager_prefetch_pending(const ps_pager *pager)
 
 /* Of several mappings the one at which a fault was foreseen, else one of the
    space that faulted last, else the first. */
-static const ps_mapping *choose(const ps_pager *pager,
-                                const ps_mapping *mappings, size_t count)
+static const ps_page_mapping *
+choose(const ps_pager *pager, const ps_page_mapping *mappings, size_t count)
 {
     const struct prefetch *prefetch = &pager->prefetch;
-    const ps_mapping *best = &mappings[0];
+    const ps_page_mapping *best = &mappings[0];
 
     for (size_t i = 0; i < count; i++) {
         if (ps_predictor_expects(&prefetch->predictor,
@@ -90,9 +90,9 @@ static const ps_mapping *choose(const ps_pager *pager,
 static int find_virtual(ps_pager *pager, uint64_t global, struct cursor *cursor,
                         bool *found, ps_error *err)
 {
-    ps_mapping mappings[MAPPINGS];
-    const ps_mapping *mapping;
-    ps_space space;
+    ps_page_mapping mappings[MAPPINGS];
+    const ps_page_mapping *mapping;
+    ps_space_info space;
     size_t count;
     int r = ps_image_find_mappings(pager->image, global, mappings, MAPPINGS,
                                    &count, err);
