@@ -180,6 +180,60 @@ int ps_saver_section(ps_saver *saver, uint32_t type, const uint8_t **data,
 /* Set PS_SECTION_META, _DEVICES or _CONFIGURATION (copied). */
 int ps_saver_set_section(ps_saver *saver, uint32_t type, const uint8_t *data,
                          size_t length, ps_error *err);
+enum ps_architecture {
+    PS_ARCH_NONE = 0,
+    PS_ARCH_X86_64 = 1,
+    PS_ARCH_AARCH64 = 2,
+    PS_ARCH_RISCV64 = 3,
+};
+
+/*
+ * What says how a CPU translates addresses.
+ * x86-64: CR0, CR3, CR4, EFER. aarch64: SCTLR_EL1, TTBR0_EL1, TTBR1_EL1,
+ * TCR_EL1. riscv64: SATP. The rest is 0.
+ */
+typedef struct ps_cpu_paging {
+    uint32_t architecture; /* a ps_architecture */
+    uint32_t reserved;
+    uint64_t registers[6];
+} ps_cpu_paging;
+
+/* A part of guest-physical memory, and where it lies in RAM blocks. */
+typedef struct ps_physical_range {
+    uint64_t address; /* guest-physical */
+    uint64_t page;    /* first page, within its RAM block */
+    uint64_t pages;
+    uint32_t block;
+    uint32_t reserved;
+} ps_physical_range;
+
+typedef struct ps_locality {
+    char mode[32];  /* of paging, empty: none that is followed */
+    char note[512]; /* why not, or what was left out; else empty */
+    uint64_t spaces;
+    uint64_t runs;
+    uint64_t candidates; /* pages that look like a topmost table */
+    uint64_t live;       /* of these */
+    uint64_t dead;
+    uint64_t duplicates;
+    uint64_t pairs;       /* live ones with a KPTI sibling */
+    uint64_t files;       /* with pages in the page cache that nobody maps */
+    uint64_t from_user;   /* pages of the locality order, by what placed them */
+    uint64_t from_files;  /* page cache, by file */
+    uint64_t from_kernel; /* vmalloc, image, modules, struct page */
+    uint64_t from_rest;   /* nothing but the direct map */
+    uint64_t from_free;   /* memory that the guest has freed */
+    uint64_t duration;    /* ns */
+} ps_locality;
+
+/*
+ * Between the passes: find the guest's address spaces and put the pages into
+ * locality order, for the second pass to follow. What the guest's memory says
+ * is no reason to fail. Ranges ascend and do not overlap.
+ */
+int ps_saver_locate(ps_saver *saver, const ps_cpu_paging *cpus,
+                    size_t cpu_count, const ps_physical_range *ranges,
+                    size_t range_count, ps_locality *out, ps_error *err);
 /* Second pass: write a whole snapshot at offset 0 of an empty file. Does not
    fsync. uuid and parent are 16 bytes each. */
 int ps_saver_write(ps_saver *saver, int fd, const uint8_t *uuid,

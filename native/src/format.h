@@ -167,7 +167,7 @@ typedef uint32_t ps_format_owner;
 
 enum ps_space_kind {
     PS_SPACE_USER = 1,
-    PS_SPACE_KERNEL = 2,
+    PS_SPACE_KERNEL = 2, /* the one that all share, without its direct map */
 };
 
 /* PS_SECTION_SPACES. */

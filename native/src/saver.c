@@ -941,6 +941,7 @@ void ps_saver_destroy(ps_saver *saver)
         free(s->sections[i].data);
     }
     free(s->blocks);
+    ps_spaces_destroy(s->spaces);
     ps_unreserve(s->seen, (size_t)(s->leaves * PS_LEAF_PAGES / 8));
     ps_unreserve(s->groups,
                  (size_t)(s->leaves * PS_LEAF_GROUPS * sizeof(uint32_t)));

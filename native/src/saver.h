@@ -18,6 +18,7 @@
 
 #include "common.h"
 #include "format.h"
+#include "spaces.h"
 
 /*
  * A page reference: 0 is a zero page (or one that was never seen), else the
@@ -117,6 +118,8 @@ struct ps_saver {
     uint32_t spool_first;
     uint8_t *input;
     uint8_t *scratch; /* one page read back */
+
+    ps_spaces *spaces; /* found between the passes, or NULL */
 
     atomic_bool cancelled;
     int cancel_fd;

@@ -2,10 +2,11 @@
 /*
  * Second pass of a save: the snapshot file, front to back (FORMAT.md).
  *
- * Canonical pages are numbered in the order in which the page map refers to
- * them first, so a walk over the map meets them in ascending order and no
- * list of owners is needed. Threads read blocks from the spool, check and
- * compress them; the calling thread writes the results in order.
+ * Canonical pages are numbered in the order in which the pages in locality
+ * order (saver_locality.c) refer to them first, so the same walk meets them
+ * in ascending order and no list of owners is needed. Threads read blocks from
+ * the spool, check and compress them; the calling thread writes the results in
+ * order.
  */
 #include "saver.h"
 
@@ -76,7 +77,7 @@ typedef struct ps_writer {
     uint32_t index_length;
     uint64_t index_spooled;
 
-    ps_format_section sections[PS_SECTION_OWNERS];
+    ps_format_section sections[PS_SECTION_RUN_INDEX];
     uint32_t section_count;
     ps_format_section *section; /* being written */
     uint8_t chunk[PS_CHUNK_SIZE];
@@ -142,7 +143,9 @@ static int section_begin(ps_writer *w, uint32_t type, uint32_t record_size,
     w->section = &w->sections[w->section_count++];
     memset(w->section, 0, sizeof(*w->section));
     w->section->type = type;
-    w->section->flags = type == PS_SECTION_META ? 0 : PS_SECTION_FLAG_REQUIRED;
+    w->section->flags = type == PS_SECTION_META || type > PS_SECTION_OWNERS
+                            ? 0
+                            : PS_SECTION_FLAG_REQUIRED;
     w->section->offset = out_position(&w->out);
     w->section->record_size = record_size;
     w->chunk_length = 0;
@@ -228,15 +231,27 @@ static int write_section(ps_writer *w, uint32_t type, uint32_t record_size,
 
 /* ------------------------------------------------------------ the page map */
 
-/* Every page that is not zero, ascending. */
-typedef struct ps_walk {
-    uint64_t next; /* global page number to look at */
-} ps_walk;
+/*
+ * Every page that is not zero: in locality order where that is known, else
+ * ascending.
+ */
+typedef struct ps_used_pages {
+    uint64_t next; /* global page number to look at, or place in the order */
+} ps_used_pages;
 
-static bool walk(const ps_saver *s, ps_walk *at, uint64_t *page, uint32_t *ref)
+static bool walk(const ps_saver *s, ps_used_pages *at, uint64_t *page,
+                 uint32_t *ref)
 {
     uint64_t end = s->leaves * PS_LEAF_PAGES;
 
+    if (s->spaces) {
+        if (at->next == s->spaces->order_count) {
+            return false;
+        }
+        *page = s->spaces->order[at->next++];
+        *ref = ps_saver_refs(s, *page / PS_GROUP_PAGES)[*page % PS_GROUP_PAGES];
+        return true;
+    }
     while (at->next < end) {
         uint64_t group = at->next / PS_GROUP_PAGES;
 
@@ -275,12 +290,27 @@ static int number_fill(ps_writer *w, ps_fill *fill, ps_error *err)
     return PS_OK;
 }
 
+static uint32_t block_of(const ps_saver *s, uint64_t page)
+{
+    uint32_t low = 0, high = s->block_count;
+
+    while (high - low > 1) {
+        uint32_t middle = low + (high - low) / 2;
+
+        if (s->blocks[middle].first_leaf * PS_LEAF_PAGES <= page) {
+            low = middle;
+        } else {
+            high = middle;
+        }
+    }
+    return low;
+}
+
 /* Give numbers to what is referred to, and count classes. */
 static int number_pages(ps_writer *w, ps_error *err)
 {
     ps_saver *s = w->s;
-    ps_walk at = {0};
-    uint32_t block = 0;
+    ps_used_pages at = {0};
     uint64_t page;
     uint32_t ref;
 
@@ -291,10 +321,8 @@ static int number_pages(ps_writer *w, ps_error *err)
         ps_saver_fill(s, i)->value = UINT64_MAX;
     }
     while (walk(s, &at, &page, &ref)) {
-        while (block + 1 < s->block_count &&
-               page >= s->blocks[block + 1].first_leaf * PS_LEAF_PAGES) {
-            block++;
-        }
+        uint32_t block = block_of(s, page);
+
         if (ref & PS_REF_FILL) {
             ps_fill *fill = fill_of(s, ref);
 
@@ -433,7 +461,7 @@ static int write_ram_blocks(ps_writer *w, ps_error *err)
 
 static int write_units(ps_writer *w, ps_error *err)
 {
-    ps_walk at = {0};
+    ps_used_pages at = {0};
     uint64_t written = 0;
     uint64_t page;
     uint32_t ref;
@@ -483,7 +511,7 @@ static int write_signatures(ps_writer *w, ps_error *err)
 
 static int write_owners(ps_writer *w, ps_error *err)
 {
-    ps_walk at = {0};
+    ps_used_pages at = {0};
     uint64_t written = 0;
     uint64_t page;
     uint32_t ref;
@@ -504,6 +532,91 @@ static int write_owners(ps_writer *w, ps_error *err)
         written++;
     }
     return section_end(w, err);
+}
+
+/* ---------------------------------------------------------- address spaces */
+
+static int write_space_records(ps_writer *w, ps_error *err)
+{
+    const ps_spaces *spaces = w->s->spaces;
+
+    if (section_begin(w, PS_SECTION_SPACES, sizeof(ps_format_space), err)) {
+        return err->code;
+    }
+    for (uint64_t i = 0; i < spaces->space_count; i++) {
+        const ps_space *from = &spaces->spaces[i];
+        ps_format_space record = {
+            .root = from->root,
+            .kind = from->kind,
+            .mode = ps_paging_mode_number(spaces->mode),
+            .first_run = from->first_run,
+            .run_count = from->run_count,
+            .pages = from->pages,
+            .pages_shared = from->shared,
+        };
+
+        if (section_write(w, &record, sizeof(record), err)) {
+            return err->code;
+        }
+    }
+    return section_end(w, err);
+}
+
+static int write_runs(ps_writer *w, ps_error *err)
+{
+    const ps_spaces *spaces = w->s->spaces;
+
+    if (section_begin(w, PS_SECTION_VIRTUAL_RUNS, sizeof(ps_format_run), err)) {
+        return err->code;
+    }
+    for (uint64_t i = 0; i < spaces->run_count; i++) {
+        const ps_virtual_run *from = &spaces->runs[i];
+        ps_format_run record = {
+            .address = from->address,
+            .first = from->first,
+            .pages = from->pages,
+        };
+
+        if (section_write(w, &record, sizeof(record), err)) {
+            return err->code;
+        }
+    }
+    return section_end(w, err);
+}
+
+static int write_run_index(ps_writer *w, ps_error *err)
+{
+    const ps_spaces *spaces = w->s->spaces;
+
+    if (section_begin(w, PS_SECTION_RUN_INDEX, sizeof(ps_format_run_index),
+                      err)) {
+        return err->code;
+    }
+    for (uint64_t i = 0; i < spaces->run_count; i++) {
+        const ps_run_ref *from = &spaces->refs[i];
+        ps_format_run_index record = {
+            .first = from->first,
+            .run = from->run,
+            .space = (uint32_t)ps_spaces_of_run(spaces, from->run),
+            .pages = spaces->runs[from->run].pages,
+        };
+
+        if (section_write(w, &record, sizeof(record), err)) {
+            return err->code;
+        }
+    }
+    return section_end(w, err);
+}
+
+static int write_spaces(ps_writer *w, ps_error *err)
+{
+    if (!w->s->spaces || w->s->spaces->space_count == 0) {
+        return PS_OK;
+    }
+    return write_space_records(w, err) || write_runs(w, err) ||
+                   write_run_index(w, err)
+               ? err->code
+               : PS_OK;
 }
 
 /* --------------------------------------------------------- locality blocks */
@@ -838,7 +951,7 @@ static int write_sections(ps_writer *w, ps_error *err)
         write_index(w, err) || write_signatures(w, err)) {
         return err->code;
     }
-    return write_owners(w, err);
+    return write_owners(w, err) || write_spaces(w, err) ? err->code : PS_OK;
 }
 
 /* --------------------------------------------------------- setting it up */
