@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from qemu_pagesaver import __version__, errors, files
 from qemu_pagesaver import devices as device_state
+from qemu_pagesaver.locality import locate
 from qemu_pagesaver.native import PAGE_SIZE, Job, Saver, SaverStats, Section
 from qemu_pagesaver.report import Report, Silent
 from qemu_pagesaver.snapshot import (
@@ -327,7 +328,8 @@ class _Writer:
             saver.end()
             if meta is None:
                 meta = _imported_meta(saver, name, self.report)
-            meta = replace(meta, compression=self.compression)
+            plain = replace(meta, compression=self.compression)
+            meta = await in_thread(lambda: locate(saver, plain), cancel=saver.cancel)
             saver.set_section(Section.META, meta.to_bytes())
             await in_thread(
                 lambda: saver.write(

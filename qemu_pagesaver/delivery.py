@@ -18,7 +18,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from qemu_pagesaver import control, errors, placement, postcopy
 from qemu_pagesaver.native import (
@@ -48,6 +48,9 @@ _STALL_TIMEOUT = 60.0
 _SETTLE_TIMEOUT = 2.0
 _RECONNECT_TIMEOUT = 1.0
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30}
+# A window is a neighbourhood, not a second background (PS_MAX_WINDOW).
+MAX_WINDOW = 256
+_TRACE_HEADER = 64
 
 # A capability that changes what the destination reads, or how it reads it. Those
 # that it does not have are as good as off.
@@ -66,27 +69,41 @@ _MUST_BE_OFF = (
 # ----------------------------------------------------------------- options
 
 
+class DeliveryOptions(TypedDict, total=False):
+    """The fields of :class:`Delivery`, as keywords of what delivers."""
+
+    prefetch: str
+    prefetch_window: int
+    background: str
+    preempt: str
+    place: str
+    trace: str | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Delivery:
     """How pages are brought to the guest.
 
     Attributes:
-        prefetch: ``physical`` (what lies beside the requested page in the file)
-            or ``none``.
-        prefetch_window: Pages behind a requested one, at most.
+        prefetch: What comes with a requested page: its neighbours in guest-``virtual``
+            memory (in the file, where no address space maps it), its ``physical``
+            ones, or ``none``.
+        prefetch_window: Neighbours, at most; how many is told from earlier faults.
         background: ``off``, ``max``, or bytes/s with K, M or G: loading of what
             nobody has asked for.
         preempt: A second connection for requested pages: ``on``, ``off``, or
             ``auto``: where it measured better, which is nowhere yet.
         place: Threads on one CPU while only faults are served: ``auto`` (where
             that is measured to be cheaper) or ``off``.
+        trace: A file for a record of every fault (TRACE.md); None: none.
     """
 
-    prefetch: str = "physical"
-    prefetch_window: int = 15
+    prefetch: str = "virtual"
+    prefetch_window: int = 64
     background: str = "max"
     preempt: str = "auto"
     place: str = "auto"
+    trace: str | None = None
 
     def __post_init__(self) -> None:
         """Check every value.
@@ -95,7 +112,7 @@ class Delivery:
             UsageError: One is none of those above.
         """
         for name, known in (
-            ("prefetch", ("none", "physical")),
+            ("prefetch", ("none", "physical", "virtual")),
             ("preempt", ("auto", "on", "off")),
             ("place", ("auto", "off")),
         ):
@@ -103,9 +120,10 @@ class Delivery:
                 raise errors.UsageError(
                     f"{name} {getattr(self, name)!r} is none of {', '.join(known)}"
                 )
-        if not 0 <= self.prefetch_window <= 1 << 16:
+        if not 0 <= self.prefetch_window <= MAX_WINDOW:
             raise errors.UsageError(
-                f"a prefetch window of {self.prefetch_window} pages is out of range"
+                f"a prefetch window of {self.prefetch_window} pages is out of range",
+                hint=f"0 to {MAX_WINDOW}.",
             )
         parse_rate(self.background)
 
@@ -118,9 +136,10 @@ class Delivery:
         """
         return self.preempt == "on"
 
-    def pager_options(self) -> PagerOptions:
+    def pager_options(self, trace_fd: int = -1) -> PagerOptions:
         """Return them as the C core takes them."""
         return PagerOptions(
+            trace_fd=trace_fd,
             prefetch=Prefetch[self.prefetch.upper()],
             prefetch_window=self.prefetch_window,
             background_rate=parse_rate(self.background),
@@ -478,6 +497,19 @@ def count_document(stats: PagerStats) -> dict[str, Any]:
             "p99": stats.latency_p99 / 1e9 if known else None,
             "max": stats.latency_max / 1e9 if known else None,
         },
+        "prefetch": {
+            kind.name.lower(): {
+                "windows": each.windows,
+                "windows-right": each.windows_right,
+                "pages": each.pages,
+                "pages-right": each.pages_right,
+            }
+            for kind, each in stats.prefetch.items()
+        },
+        "faults-saved": sum(each.pages_right for each in stats.prefetch.values()),
+        "pages-unused": sum(
+            each.pages - each.pages_right for each in stats.prefetch.values()
+        ),
         "bytes-sent": stats.bytes_sent,
         "storage": {
             "reads": stats.storage_reads,
@@ -845,12 +877,40 @@ def _interrupts(job: Job) -> Iterator[None]:
                 signal.signal(number, handler or signal.SIG_DFL)
 
 
+@contextlib.contextmanager
+def trace_file(options: Delivery) -> Iterator[int]:
+    """Open the file for the trace, which must be new; yields -1 where there is none.
+
+    Raises:
+        TargetExists: There is such a file.
+        IoError: It cannot be made.
+    """
+    if options.trace is None:
+        yield -1
+        return
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    try:
+        fd = os.open(options.trace, flags, 0o600)
+    except OSError as error:
+        raise errors.from_os_error(error, "write the trace") from error
+    try:
+        yield fd
+    except BaseException:
+        if os.fstat(fd).st_size <= _TRACE_HEADER:
+            Path(options.trace).unlink()  # nothing came of it
+        raise
+    finally:
+        os.close(fd)
+
+
 def make_pager(
     snapshot: Snapshot,
     link: Link,
     blocks: Sequence[postcopy.Block],
     options: Delivery,
     guest: Guest,
+    *,
+    trace: int,
 ) -> Pager:
     """Return a pager that knows its connection and what was read from it."""
     pager = Pager(
@@ -858,7 +918,7 @@ def make_pager(
         fd=link.main.fileno(),
         preempt_fd=None if link.urgent is None else link.urgent.fileno(),
         blocks=[(block.page_size, block.length) for block in blocks],
-        options=options.pager_options(),
+        options=options.pager_options(trace),
         name=f"QEMU (pid {guest.pid})",
     )
     pager.received_first(link.take_received())

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from qemu_pagesaver import devices as device_state
 from qemu_pagesaver import errors
@@ -14,7 +14,7 @@ from qemu_pagesaver.native import PAGE_SIZE, Image, PageClass, RamBlock, Run
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from qemu_pagesaver.snapshot import Snapshot
+    from qemu_pagesaver.snapshot import Meta, Snapshot
 
 # In the order of a cell's counts. A page is shared where it refers to a
 # canonical page that another page owns.
@@ -24,6 +24,26 @@ _SHARED = 4
 _4_GIB = 1 << 32
 _VIRT_RAM = 1 << 30  # hw/arm/virt.c and hw/riscv/virt.c differ:
 _RISCV_RAM = 1 << 31
+
+
+class Guest(Protocol):
+    """What tells where memory is: a snapshot, or one that is being made."""
+
+    @property
+    def ram_blocks(self) -> tuple[RamBlock, ...]:
+        """Its RAM blocks."""
+
+    @property
+    def devices(self) -> tuple[device_state.Device, ...]:
+        """Its device sections."""
+
+    @property
+    def machine(self) -> str | None:
+        """Its exact machine type."""
+
+    @property
+    def meta(self) -> Meta:
+        """What else is known of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,31 +92,34 @@ def count_cells(
 
 def regions(snapshot: Snapshot) -> tuple[Region, ...]:
     """Return all memory: by guest-physical address first, then the other blocks."""
-    placed = list(_placed(snapshot))
+    placed = main_memory(snapshot)
     known = {region.block.index for region in placed}
     rest = [
         Region(
             block=block, first=0, pages=block.length // PAGE_SIZE, address=block.address
         )
-        for block in snapshot.image.ram_blocks
+        for block in snapshot.ram_blocks
         if block.index not in known
     ]
-    everything = placed + rest
     return tuple(
         sorted(
-            everything,
+            [*placed, *rest],
             key=lambda r: (r.address is None, r.address or 0, r.block.index, r.first),
         )
     )
 
 
-def _placed(snapshot: Snapshot) -> Iterator[Region]:
-    """Yield where the main memory is, if the machine's state tells it."""
-    blocks = {block.name: block for block in snapshot.image.ram_blocks}
-    machine = snapshot.machine or ""
+def main_memory(guest: Guest) -> tuple[Region, ...]:
+    """Return where the main memory is, ascending; empty where nothing tells it."""
+    return tuple(_placed(guest))
+
+
+def _placed(guest: Guest) -> Iterator[Region]:
+    blocks = {block.name: block for block in guest.ram_blocks}
+    machine = guest.machine or ""
     pc = blocks.get("pc.ram")
     if pc is not None and machine.startswith(("pc-", "pc", "q35")):
-        below = _below_4g(snapshot, pc.length)
+        below = _below_4g(guest, pc.length)
         if below is None:
             return
         yield Region(block=pc, first=0, pages=below // PAGE_SIZE, address=0)
@@ -119,7 +142,7 @@ def _placed(snapshot: Snapshot) -> Iterator[Region]:
         )
 
 
-def _below_4g(snapshot: Snapshot, length: int) -> int | None:
+def _below_4g(guest: Guest, length: int) -> int | None:
     """Return how much of a PC's memory is below 4 GiB.
 
     The board tells the firmware in the clock's CMOS (hw/i386/x86-common.c,
@@ -128,7 +151,7 @@ def _below_4g(snapshot: Snapshot, length: int) -> int | None:
     the RAM block's length.
     """
     try:
-        clock = device_state.find(snapshot.devices, "mc146818rtc")
+        clock = device_state.find(guest.devices, "mc146818rtc")
         cmos = clock.field("cmos_data").data
     except (KeyError, errors.Damaged):
         return None

@@ -97,6 +97,24 @@ class Prefetch(IntEnum):
 
     NONE = 0
     PHYSICAL = 1
+    VIRTUAL = 2
+
+
+class PrefetchKind(IntEnum):
+    """Where neighbours of a fault were looked for."""
+
+    VIRTUAL = 0
+    FILE = 1
+    PHYSICAL = 2
+
+
+class Architecture(IntEnum):
+    """Architectures whose page tables are known."""
+
+    NONE = 0
+    X86_64 = 1
+    AARCH64 = 2
+    RISCV64 = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,6 +255,61 @@ class SaverStats:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CpuPaging:
+    """How a vCPU translates addresses; registers as the C header has them."""
+
+    architecture: Architecture
+    registers: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhysicalRange:
+    """Guest-physical memory from ``address`` on: ``pages`` of a RAM block."""
+
+    address: int
+    block: int
+    page: int
+    pages: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Locality:
+    """How address spaces were found, and what placed the pages that are not zero.
+
+    ``mode`` is the paging mode, empty where none is followed; ``note`` says why, or
+    what was left out; ``duration`` is in seconds. See ``ps_locality``.
+    """
+
+    mode: str
+    note: str
+    duration: float
+    spaces: int
+    runs: int
+    candidates: int
+    live: int
+    dead: int
+    duplicates: int
+    pairs: int
+    files: int
+    from_user: int
+    from_files: int
+    from_kernel: int
+    from_rest: int
+    from_free: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefetchStats:
+    """What one kind of prefetch did; a window is right when the guest came to the
+    page behind it."""
+
+    windows: int
+    windows_right: int
+    pages: int
+    pages_right: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class PagerStats:
     """Counters of a pager; pages of 4096 bytes, latencies in nanoseconds."""
 
@@ -260,6 +333,7 @@ class PagerStats:
     first_fault_at: int
     last_fault_at: int
     cpu_ns: int
+    prefetch: dict[PrefetchKind, PrefetchStats]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,8 +356,9 @@ class Problem:
 class PagerOptions:
     """How a pager serves; see ``ps_pager_options`` in the C header."""
 
-    prefetch: Prefetch = Prefetch.PHYSICAL
-    prefetch_window: int = 15
+    prefetch: Prefetch = Prefetch.VIRTUAL
+    prefetch_window: int = 64
+    trace_fd: int = -1
     background_rate: int = UNBOUNDED
     background_delay: float = 0.05
     in_flight_bytes: int = 64 << 10
@@ -349,6 +424,17 @@ def _stream_info(struct: Any) -> StreamInfo:
         configuration=bool(struct.configuration),
         description=bool(struct.description),
         postcopy=bool(struct.postcopy),
+    )
+
+
+def _ram_block(index: int, struct: Any) -> RamBlock:
+    return _numbers(  # type: ignore[no-any-return]
+        struct,
+        RamBlock,
+        index=index,
+        name=ffi.string(struct.name).decode("utf-8", "surrogateescape"),
+        page_size=struct.page_size or None,
+        address=None if struct.address == UNBOUNDED else int(struct.address),
     )
 
 
@@ -508,6 +594,51 @@ class Saver:
         lib.ps_saver_stream_info(self._saver, out)
         return _stream_info(out)
 
+    def ram_blocks(self) -> tuple[RamBlock, ...]:
+        """Return the RAM blocks of the stream; their counts of pages are 0."""
+        out = ffi.new("ps_ram_block *")
+        error = _new_error()
+        found = []
+        for index in range(lib.ps_saver_block_count(self._saver)):
+            code = lib.ps_saver_ram_block(self._saver, index, out, error)
+            _check(code, error, self._name)
+            found.append(_ram_block(index, out))
+        return tuple(found)
+
+    def locate(
+        self, cpus: Sequence[CpuPaging], ranges: Sequence[PhysicalRange]
+    ) -> Locality:
+        """Find address spaces and the order of pages; between the passes, in a thread.
+
+        Args:
+            cpus: One for each vCPU.
+            ranges: Where RAM is, ascending.
+        """
+        given = ffi.new("ps_cpu_paging[]", len(cpus))
+        for one, cpu in zip(given, cpus, strict=True):
+            one.architecture = int(cpu.architecture)
+            for index, value in enumerate(cpu.registers):
+                one.registers[index] = value
+        where = ffi.new("ps_physical_range[]", len(ranges))
+        for each, known in zip(where, ranges, strict=True):
+            each.address = known.address
+            each.page = known.page
+            each.pages = known.pages
+            each.block = known.block
+        out = ffi.new("ps_locality *")
+        error = _new_error()
+        code = lib.ps_saver_locate(
+            self._saver, given, len(cpus), where, len(ranges), out, error
+        )
+        _check(code, error, self._name)
+        return _numbers(  # type: ignore[no-any-return]
+            out,
+            Locality,
+            mode=ffi.string(out.mode).decode(),
+            note=ffi.string(out.note).decode(),
+            duration=out.duration / 1e9,
+        )
+
     def section(self, section: Section) -> bytes:
         """Return CONFIGURATION, DEVICES or DESCRIPTION of the stream."""
         data = ffi.new("const uint8_t **")
@@ -611,14 +742,7 @@ class Image:
         for index in range(info.ram_blocks):
             code = lib.ps_image_ram_block(self._image, index, out, error)
             _check(code, error, self.name)
-            yield _numbers(
-                out,
-                RamBlock,
-                index=index,
-                name=ffi.string(out.name).decode("utf-8", "surrogateescape"),
-                page_size=out.page_size or None,
-                address=None if out.address == UNBOUNDED else int(out.address),
-            )
+            yield _ram_block(index, out)
 
     def section(self, section: Section) -> bytes:
         """Return the checked bytes of a whole section; empty if absent."""
@@ -791,6 +915,7 @@ class Pager:
         given.preempt_fd = -1 if preempt_fd is None else preempt_fd
         given.prefetch = int(options.prefetch)
         given.prefetch_window = options.prefetch_window
+        given.trace_fd = options.trace_fd
         given.background_rate = options.background_rate
         given.background_delay_ns = int(options.background_delay * 1e9)
         given.in_flight_bytes = options.in_flight_bytes
@@ -854,7 +979,13 @@ class Pager:
         out = ffi.new("ps_pager_stats *")
         lib.ps_pager_get_stats(self._pager, out)
         return _numbers(  # type: ignore[no-any-return]
-            out, PagerStats, state=PagerState(out.state)
+            out,
+            PagerStats,
+            state=PagerState(out.state),
+            prefetch={
+                kind: _numbers(out.prefetch[kind], PrefetchStats)
+                for kind in PrefetchKind
+            },
         )
 
     def thread(self) -> int:

@@ -14,11 +14,17 @@ import os
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from qemu_pagesaver import control, delivery, errors, postcopy
 from qemu_pagesaver import guest as guest_state
-from qemu_pagesaver.delivery import Delivery, Job, Link, RestoreResult
+from qemu_pagesaver.delivery import (
+    Delivery,
+    DeliveryOptions,
+    Job,
+    Link,
+    RestoreResult,
+)
 from qemu_pagesaver.guest import Guest, Lifeline
 from qemu_pagesaver.migration import LOST_SOURCE
 from qemu_pagesaver.report import Silent
@@ -38,13 +44,10 @@ def recover(
     *,
     attach: str,
     source: str | os.PathLike[str] | None = None,
-    prefetch: str = Delivery.prefetch,
-    prefetch_window: int = Delivery.prefetch_window,
-    background: str = Delivery.background,
-    place: str = Delivery.place,
     force: bool = False,
     socket_dir: str | None = None,
     report: Report | None = None,
+    **options: Unpack[DeliveryOptions],
 ) -> RestoreResult:
     """Synchronous :func:`recover_async`."""
     return asyncio.run(
@@ -52,13 +55,10 @@ def recover(
             file,
             attach=attach,
             source=source,
-            prefetch=prefetch,
-            prefetch_window=prefetch_window,
-            background=background,
-            place=place,
             force=force,
             socket_dir=socket_dir,
             report=report,
+            **options,
         )
     )
 
@@ -68,13 +68,10 @@ async def recover_async(
     *,
     attach: str,
     source: str | os.PathLike[str] | None = None,
-    prefetch: str = Delivery.prefetch,
-    prefetch_window: int = Delivery.prefetch_window,
-    background: str = Delivery.background,
-    place: str = Delivery.place,
     force: bool = False,
     socket_dir: str | None = None,
     report: Report | None = None,
+    **options: Unpack[DeliveryOptions],
 ) -> RestoreResult:
     """Take over a guest whose pager is gone, and stay until all is loaded.
 
@@ -82,7 +79,7 @@ async def recover_async(
         file: The snapshot that it was restored from.
         attach: Its QMP socket.
         source: Another copy of the file, to be read instead.
-        prefetch, prefetch_window, background, place: See ``Delivery``.
+        options: Fields of ``Delivery``; the second connection is there if it was.
         force: Where no record says what the guest was restored from, believe
             that it was ``file``.
         socket_dir: Where QEMU is to listen.
@@ -94,13 +91,8 @@ async def recover_async(
     """
     started = time.monotonic()
     report = report or Silent()
-    options = Delivery(
-        prefetch=prefetch,
-        prefetch_window=prefetch_window,
-        background=background,
-        place=place,
-    )
-    with Snapshot.open(source or file) as snapshot:
+    how = Delivery(**options)
+    with Snapshot.open(source or file) as snapshot, delivery.trace_file(how) as trace:
         report.event("started", snapshot=str(snapshot.path), uuid=snapshot.uuid)
         if source is not None:
             _check_copy(file, snapshot)
@@ -122,7 +114,8 @@ async def recover_async(
                     record,
                     attach=attach,
                     socket_dir=socket_dir,
-                    options=options,
+                    options=how,
+                    trace=trace,
                     report=report,
                     started=started,
                 )
@@ -201,6 +194,7 @@ async def _recover(
     attach: str,
     socket_dir: str | None,
     options: Delivery,
+    trace: int,
     report: Report,
     started: float,
 ) -> RestoreResult:
@@ -237,7 +231,9 @@ async def _recover(
                 directory=record.directory if record else "",
             )
             control.write_record(new)
-            pager = delivery.make_pager(snapshot, link, blocks, options, guest)
+            pager = delivery.make_pager(
+                snapshot, link, blocks, options, guest, trace=trace
+            )
             for index, bitmap in enumerate(bitmaps):
                 pager.set_received(index, bitmap)
             received = sum(bitmap.bit_count() for bitmap in map(_number, bitmaps))

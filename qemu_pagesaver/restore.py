@@ -19,9 +19,9 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from qemu_pagesaver import (
     command_line,
@@ -37,7 +37,13 @@ from qemu_pagesaver import (
 from qemu_pagesaver import (
     guest as guest_state,
 )
-from qemu_pagesaver.delivery import Delivery, Job, Link, RestoreResult
+from qemu_pagesaver.delivery import (
+    Delivery,
+    DeliveryOptions,
+    Job,
+    Link,
+    RestoreResult,
+)
 from qemu_pagesaver.guest import Guest
 from qemu_pagesaver.migration import query_capabilities
 from qemu_pagesaver.native import PAGE_SIZE, Section
@@ -51,6 +57,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Delivery",
     "Detached",
+    "RestoreOptions",
     "RestoreResult",
     "Target",
     "restore",
@@ -110,103 +117,59 @@ class Target:
             raise errors.UsageError("--qemu and a command line exclude each other")
 
 
+class RestoreOptions(DeliveryOptions, total=False):
+    """Options of :func:`restore`: the fields of :class:`Target` and of ``Delivery``."""
+
+    qmp: str | None
+    qemu: str | None
+    args: Sequence[str] | None
+    attach: str | None
+    paused: bool
+    trust: bool
+    disk_dir: str | None
+    socket_dir: str | None
+    hostfwd: Sequence[str] | None
+
+
 def restore(
     file: str | os.PathLike[str],
     *,
-    qmp: str | None = None,
-    qemu: str | None = None,
-    args: Sequence[str] | None = None,
-    attach: str | None = None,
-    prefetch: str = Delivery.prefetch,
-    prefetch_window: int = Delivery.prefetch_window,
-    background: str = Delivery.background,
-    preempt: str = Delivery.preempt,
-    place: str = Delivery.place,
-    paused: bool = False,
-    trust: bool = False,
-    disk_dir: str | None = None,
-    socket_dir: str | None = None,
-    hostfwd: Sequence[str] | None = None,
     report: Report | None = None,
+    **options: Unpack[RestoreOptions],
 ) -> RestoreResult:
     """Synchronous :func:`restore_async`; the first Ctrl-C loads the rest."""
-    return asyncio.run(
-        restore_async(
-            file,
-            qmp=qmp,
-            qemu=qemu,
-            args=args,
-            attach=attach,
-            prefetch=prefetch,
-            prefetch_window=prefetch_window,
-            background=background,
-            preempt=preempt,
-            place=place,
-            paused=paused,
-            trust=trust,
-            disk_dir=disk_dir,
-            socket_dir=socket_dir,
-            hostfwd=hostfwd,
-            report=report,
-        )
-    )
+    return asyncio.run(restore_async(file, report=report, **options))
 
 
 async def restore_async(
     file: str | os.PathLike[str],
     *,
-    qmp: str | None = None,
-    qemu: str | None = None,
-    args: Sequence[str] | None = None,
-    attach: str | None = None,
-    prefetch: str = Delivery.prefetch,
-    prefetch_window: int = Delivery.prefetch_window,
-    background: str = Delivery.background,
-    preempt: str = Delivery.preempt,
-    place: str = Delivery.place,
-    paused: bool = False,
-    trust: bool = False,
-    disk_dir: str | None = None,
-    socket_dir: str | None = None,
-    hostfwd: Sequence[str] | None = None,
     report: Report | None = None,
+    **options: Unpack[RestoreOptions],
 ) -> RestoreResult:
     """Restore a guest and stay until all of it is loaded, or QEMU ends.
 
-    Options are those of :class:`Target` and :class:`Delivery`. ``report`` gets the
-    events ``started``, ``running``, ``progress`` and ``complete``.
+    Options are the fields of :class:`Target` and :class:`Delivery`. ``report`` gets
+    the events ``started``, ``running``, ``progress`` and ``complete``.
 
     Raises:
         SnapshotError: The file is none, or is damaged.
         MismatchError: Machine, memory, disks or rights do not fit.
         QemuError: QEMU refused, died or did not answer.
     """
-    target = Target(
-        attach=attach,
-        qmp=qmp,
-        qemu=qemu,
-        args=None if args is None else tuple(args),
-        paused=paused,
-        trust=trust,
-        disk_dir=disk_dir,
-        socket_dir=socket_dir,
-        hostfwd=None if hostfwd is None else tuple(hostfwd),
-    )
-    options = Delivery(
-        prefetch=prefetch,
-        prefetch_window=prefetch_window,
-        background=background,
-        preempt=preempt,
-        place=place,
-    )
-    return await _restore(file, target, options, report or Silent())
+    given: dict[str, Any] = dict(options)
+    for name in ("args", "hostfwd"):
+        if given.get(name) is not None:
+            given[name] = tuple(given[name])
+    which = {f.name: given.pop(f.name) for f in fields(Target) if f.name in given}
+    return await _restore(file, Target(**which), Delivery(**given), report or Silent())
 
 
 async def _restore(
     file: str | os.PathLike[str], target: Target, options: Delivery, report: Report
 ) -> RestoreResult:
     started = time.monotonic()
-    with Snapshot.open(file) as snapshot:
+    with Snapshot.open(file) as snapshot, delivery.trace_file(options) as trace:
         report.event("started", snapshot=str(snapshot.path), uuid=snapshot.uuid)
         package = _check_snapshot(snapshot)
         measured = asyncio.ensure_future(_worth_placing(options))
@@ -220,6 +183,7 @@ async def _restore(
                         package=package,
                         target=target,
                         options=options,
+                        trace=trace,
                         report=report,
                         started=started,
                         answered=answered,
@@ -474,6 +438,7 @@ async def _bring_up(
     package: bytes,
     target: Target,
     options: Delivery,
+    trace: int,
     report: Report,
     started: float,
     answered: float,
@@ -513,7 +478,7 @@ async def _bring_up(
         control.write_record(record)
         if guest.directory is not None:
             control.own_guest_directory(guest.directory, key)
-        pager = delivery.make_pager(snapshot, link, blocks, options, guest)
+        pager = delivery.make_pager(snapshot, link, blocks, options, guest, trace=trace)
         pager.send_first(package)
         job = Job(
             guest=guest,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import os
 import shutil
@@ -33,6 +34,7 @@ from qemu_pagesaver import (
 )
 from qemu_pagesaver.capture import MissedWrites, Pause, capture
 from qemu_pagesaver.files import AtomicFile, is_memory, spool_directory, spool_file
+from qemu_pagesaver.locality import locate
 from qemu_pagesaver.migration import query_capabilities, query_migrate, to_the_end
 from qemu_pagesaver.native import Saver, SaverStats, Section
 from qemu_pagesaver.option_string import OptionString
@@ -475,6 +477,9 @@ async def _save(
                 pause=pause,
                 compression=compression,
                 started=started,
+            )
+            meta = await in_thread(
+                functools.partial(locate, saver, meta), cancel=saver.cancel
             )
             saver.set_section(Section.META, meta.to_bytes())
             if guest.running:

@@ -14,7 +14,13 @@ from typing import Any, Self
 
 from qemu_pagesaver import devices as device_state
 from qemu_pagesaver import errors
-from qemu_pagesaver.native import NO_COMPRESSION, Image, ImageInfo, Section
+from qemu_pagesaver.native import (
+    NO_COMPRESSION,
+    Image,
+    ImageInfo,
+    RamBlock,
+    Section,
+)
 
 MAGIC = b"\x89PSNAP\r\n"
 STREAM_MAGIC = b"QEVM"
@@ -61,6 +67,7 @@ class Meta:
     compression: str | None = None
     pause: float | None = None
     duration: float | None = None
+    locality: Mapping[str, Any] | None = None
     unknown: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -110,6 +117,8 @@ def _checked(key: str, value: object, kind: str, name: str) -> object:
         )
         fits = isinstance(value, list) and all(isinstance(v, inner) for v in value)
         value = tuple(value) if isinstance(value, list) else value
+    elif kind.startswith("Mapping"):
+        fits = isinstance(value, dict)
     elif kind.startswith("float"):
         fits = isinstance(value, (int, float)) and not isinstance(value, bool)
     else:
@@ -179,6 +188,11 @@ class Snapshot:
         if not configuration:
             return self.meta.machine
         return device_state.machine_name(configuration)
+
+    @property
+    def ram_blocks(self) -> tuple[RamBlock, ...]:
+        """The RAM blocks, in the order of the stream."""
+        return self.image.ram_blocks
 
     @property
     def uuid(self) -> str:

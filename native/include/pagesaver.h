@@ -129,6 +129,20 @@ int ps_parser_push(ps_parser *parser, const uint8_t *in, size_t length,
 int ps_parser_finish(ps_parser *parser, ps_event *event, ps_error *err);
 void ps_parser_info(const ps_parser *parser, ps_stream_info *out);
 
+/* ------------------------------------------------------------ RAM blocks */
+
+typedef struct ps_ram_block {
+    char name[256]; /* NUL-terminated */
+    uint64_t length;
+    uint64_t page_size;  /* 0: not told */
+    uint64_t address;    /* UINT64_MAX: not told */
+    uint64_t first_leaf; /* its first entry in the top map */
+    uint64_t pages_zero;
+    uint64_t pages_fill;
+    uint64_t pages_data;
+    uint64_t pages_absent;
+} ps_ram_block;
+
 /* ----------------------------------------------------------------- saver */
 
 /*
@@ -173,6 +187,10 @@ int ps_saver_drain(ps_saver *saver, int fd, ps_error *err);
    block was sent. */
 int ps_saver_end(ps_saver *saver, ps_error *err);
 void ps_saver_stream_info(const ps_saver *saver, ps_stream_info *out);
+/* RAM blocks as the stream listed them; counts of pages are 0. */
+uint32_t ps_saver_block_count(const ps_saver *saver);
+int ps_saver_ram_block(const ps_saver *saver, uint32_t index,
+                       ps_ram_block *out, ps_error *err);
 /* The bytes of a section kept so far (PS_SECTION_CONFIGURATION, _DEVICES,
    _DESCRIPTION); valid until it is set or the saver destroyed. */
 int ps_saver_section(ps_saver *saver, uint32_t type, const uint8_t **data,
@@ -285,18 +303,6 @@ typedef struct ps_image_info {
     uint64_t memory_bytes; /* held by this reader right now */
     ps_stream_info stream;
 } ps_image_info;
-
-typedef struct ps_ram_block {
-    char name[256]; /* NUL-terminated */
-    uint64_t length;
-    uint64_t page_size;  /* 0: not told */
-    uint64_t address;    /* UINT64_MAX: not told */
-    uint64_t first_leaf; /* its first entry in the top map */
-    uint64_t pages_zero;
-    uint64_t pages_fill;
-    uint64_t pages_data;
-    uint64_t pages_absent;
-} ps_ram_block;
 
 /* A run of pages of one class. */
 typedef struct ps_run {

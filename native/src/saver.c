@@ -821,6 +821,31 @@ void ps_saver_stream_info(const ps_saver *saver, ps_stream_info *out)
     }
 }
 
+uint32_t ps_saver_block_count(const ps_saver *saver)
+{
+    return saver->block_count;
+}
+
+int ps_saver_ram_block(const ps_saver *saver, uint32_t index, ps_ram_block *out,
+                       ps_error *err)
+{
+    const ps_saver_block *block;
+
+    if (index >= saver->block_count) {
+        return ps_fail(err, PS_ERR_ARGUMENT, PS_NOWHERE,
+                       "there is no RAM block %u", index);
+    }
+    block = &saver->blocks[index];
+    *out = (ps_ram_block){
+        .length = block->length,
+        .page_size = block->page_size,
+        .address = block->address,
+        .first_leaf = block->first_leaf,
+    };
+    memcpy(out->name, block->name, block->name_length);
+    return PS_OK;
+}
+
 int ps_saver_section(ps_saver *saver, uint32_t type, const uint8_t **data,
                      size_t *length, ps_error *err)
 {

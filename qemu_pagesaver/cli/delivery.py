@@ -21,17 +21,18 @@ def add_delivery(parser: argparse.ArgumentParser, *, preempt: bool) -> None:
     how = parser.add_argument_group("how memory is brought")
     how.add_argument(
         "--prefetch",
-        choices=("none", "physical"),
-        default="physical",
+        choices=("none", "physical", "virtual"),
+        default="virtual",
         help="what comes with a page that was touched: nothing, or its neighbours "
-        "in the file (default: %(default)s)",
+        "in physical or in the guest's virtual memory (default: %(default)s)",
     )
     how.add_argument(
         "--prefetch-window",
         type=int,
-        default=15,
+        default=64,
         metavar="PAGES",
-        help="neighbours at most (default: %(default)s)",
+        help="neighbours at most; how many is told from earlier faults "
+        "(default: %(default)s)",
     )
     how.add_argument(
         "--background",
@@ -54,6 +55,11 @@ def add_delivery(parser: argparse.ArgumentParser, *, preempt: bool) -> None:
         help="put the threads of a fault on one CPU where that is measured to be "
         "faster (default: %(default)s)",
     )
+    how.add_argument(
+        "--trace",
+        metavar="FILE",
+        help="write a record of every fault into a new file (TRACE.md)",
+    )
 
 
 def options(args: argparse.Namespace) -> dict[str, Any]:
@@ -63,6 +69,7 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
         "prefetch_window": args.prefetch_window,
         "background": args.background,
         "place": args.place,
+        "trace": args.trace,
     }
 
 
@@ -121,6 +128,12 @@ def counts(document: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
         f"{sent['background']} in the background"
     )
     yield "pages sent", text
+    if sent["prefetched"]:
+        text = (
+            f"{document['faults-saved']} pages of windows that proved right, "
+            f"{document['pages-unused']} of others"
+        )
+        yield "prefetch", text
     yield "pages avoided", document["pages-avoided"]
     pages = document["pages"]
     yield "left", f"{size(pages['left'] * 4096)} of {size(pages['total'] * 4096)}"
