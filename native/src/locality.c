@@ -147,6 +147,7 @@ typedef struct placer {
     ps_spaces *spaces;
     const ps_guest_memory *memory;
     uint64_t *placed; /* a bit for each page */
+    uint64_t *free_pages;
 } placer;
 
 static void place(placer *p, uint64_t global, uint32_t source)
@@ -222,18 +223,29 @@ static int place_files(placer *p, const ps_sample *samples, size_t sample_count,
     uint64_t count = 0;
     int r;
 
-    r = ps_file_pages_find(p->spaces, p->memory, samples, sample_count,
-                           p->placed, file_page_limit(p->spaces), &files,
-                           &count, err);
+    r = ps_page_structs_read(p->spaces, p->memory, samples, sample_count,
+                             p->placed, file_page_limit(p->spaces), &files,
+                             &count, p->free_pages, err);
     for (uint64_t i = 0; !r && i < count; i++) {
         place(p, files[i].global, PS_SOURCE_FILE);
     }
     return r;
 }
 
+/* What is left of 64 pages. */
+static void place_word(placer *p, uint64_t word, uint64_t mask, uint32_t source)
+{
+    uint64_t left = p->memory->used[word] & ~p->placed[word] & mask;
+
+    for (; left; left &= left - 1) {
+        place(p, word * 64 + (uint64_t)__builtin_ctzll(left), source);
+    }
+}
+
 static void place_rest(placer *p)
 {
     const ps_spaces *spaces = p->spaces;
+    uint64_t words = spaces->leaves * PS_LEAF_PAGES / 64;
 
     if (spaces->space_count) {
         const ps_space *last = &spaces->spaces[spaces->space_count - 1];
@@ -242,12 +254,11 @@ static void place_rest(placer *p)
             place_space(p, last, PS_SOURCE_KERNEL);
         }
     }
-    for (uint64_t i = 0; i < spaces->leaves * PS_LEAF_PAGES / 64; i++) {
-        uint64_t left = p->memory->used[i] & ~p->placed[i];
-
-        for (; left; left &= left - 1) {
-            place(p, i * 64 + (uint64_t)__builtin_ctzll(left), PS_SOURCE_REST);
-        }
+    for (uint64_t i = 0; i < words; i++) {
+        place_word(p, i, ~p->free_pages[i], PS_SOURCE_REST);
+    }
+    for (uint64_t i = 0; i < words; i++) {
+        place_word(p, i, p->free_pages[i], PS_SOURCE_FREE);
     }
 }
 
@@ -255,14 +266,16 @@ int ps_spaces_order(ps_spaces *spaces, const ps_guest_memory *memory,
                     const ps_sample *samples, size_t sample_count,
                     ps_error *err)
 {
-    placer p = {spaces, memory, NULL};
+    placer p = {spaces, memory, NULL, NULL};
+    uint64_t words = spaces->leaves * PS_LEAF_PAGES / 64 + 1;
     int r;
 
     spaces->order = malloc((spaces->stats.used + 1) * sizeof(uint32_t));
-    p.placed =
-        calloc(spaces->leaves * PS_LEAF_PAGES / 64 + 1, sizeof(uint64_t));
-    if (!spaces->order || !p.placed) {
+    p.placed = calloc(words, sizeof(uint64_t));
+    p.free_pages = calloc(words, sizeof(uint64_t));
+    if (!spaces->order || !p.placed || !p.free_pages) {
         free(p.placed);
+        free(p.free_pages);
         return ps_fail_errno(err, PS_NOWHERE, "order of pages");
     }
     r = place_users(&p, err);
@@ -271,5 +284,6 @@ int ps_spaces_order(ps_spaces *spaces, const ps_guest_memory *memory,
         place_rest(&p);
     }
     free(p.placed);
+    free(p.free_pages);
     return r;
 }

@@ -65,6 +65,7 @@ typedef struct finder {
     size_t space_capacity;
 
     uint64_t *tables; /* a bit for each page: a table of a live space */
+    uint32_t *trail;  /* the bits that the last walk has set */
     uint64_t budget;
     ps_walk walk;
 
@@ -199,6 +200,7 @@ static int add_runs(finder *f, const ps_paging_half *half, uint32_t required,
     walk->memory = f->memory;
     walk->budget = &f->budget;
     walk->marks = f->tables;
+    walk->trail = f->trail;
     walk->once = once;
     walk->required = required;
     f->open.pages = 0;
@@ -580,9 +582,15 @@ static int add_space(finder *f, uint64_t address, uint32_t kind, ps_error *err)
     return PS_OK;
 }
 
-static void drop_last_space(ps_spaces *out)
+/* As if it had never been walked. */
+static void drop_last_space(finder *f)
 {
+    ps_spaces *out = f->out;
+
     out->run_count = out->spaces[--out->space_count].first_run;
+    for (size_t i = 0; i < f->walk.trail_count; i++) {
+        ps_bit_clear(f->tables, f->trail[i]);
+    }
 }
 
 /* Does root + 4096 have the user half of a KPTI pair? The kernel's copy of
@@ -636,12 +644,12 @@ static int try_root(finder *f, const root *candidate, ps_error *err)
     nonsense = stats->damaged + stats->outside + stats->loops;
     if (f->pages == 0 || nonsense > (strict ? 0 : f->pages)) {
         total->dead++;
-        drop_last_space(f->out);
+        drop_last_space(f);
         return PS_OK;
     }
     if (stats->tables > 1 && stats->known == stats->tables - 1) {
         total->duplicates++;
-        drop_last_space(f->out);
+        drop_last_space(f);
         return PS_OK;
     }
     total->live++;
@@ -793,7 +801,7 @@ static int find_kernel_space(finder *f, ps_error *err)
     space = &f->out->spaces[f->out->space_count - 1];
     space->run_count = f->out->run_count - space->first_run;
     if (space->run_count == 0 && !f->out->direct_known) {
-        drop_last_space(f->out);
+        drop_last_space(f);
     }
     return PS_OK;
 }
@@ -821,6 +829,11 @@ static int check_memory(const ps_guest_memory *memory, ps_error *err)
     return PS_OK;
 }
 
+static size_t trail_bytes(const ps_spaces *out)
+{
+    return out->stats.used * sizeof(uint32_t);
+}
+
 static int find(finder *f, ps_error *err)
 {
     ps_spaces *out = f->out;
@@ -839,6 +852,7 @@ static int find(finder *f, ps_error *err)
         return ps_fail_errno(err, PS_NOWHERE, "address spaces");
     }
     r = ps_reserve(out->runs_bytes, (void **)&out->runs, err);
+    r = r ? r : ps_reserve(trail_bytes(out), (void **)&f->trail, err);
     if (!r) {
         r = choose_model(f, err);
     }
@@ -878,6 +892,7 @@ int ps_spaces_find(const ps_cpu_paging *cpus, size_t cpu_count,
     r = find(f, err);
     free(f->roots);
     free(f->tables);
+    ps_unreserve(f->trail, trail_bytes(f->out));
     free(f);
     if (r) {
         ps_spaces_destroy(*out);

@@ -58,7 +58,8 @@ enum ps_source {
     PS_SOURCE_FILE = 1,   /* page cache, not mapped, by file */
     PS_SOURCE_KERNEL = 2, /* vmalloc, image, modules, vmemmap */
     PS_SOURCE_REST = 3,   /* nothing but the direct map */
-    PS_SOURCES = 4,
+    PS_SOURCE_FREE = 4,   /* what is left in memory that the guest freed */
+    PS_SOURCES = 5,
 };
 
 enum ps_spaces_note {
@@ -150,13 +151,15 @@ typedef struct ps_file_page {
 } ps_file_page;
 
 /*
- * file_pages.c: page-cache pages that `placed` does not have, by file and
- * index. *out is the caller's to free; at most `limit` pages.
+ * page_structs.c: of the pages that `placed` does not have, those in the page
+ * cache, by file and index, and those that are free. *out is the caller's to
+ * free; at most `limit` pages.
  */
-int ps_file_pages_find(ps_spaces *spaces, const ps_guest_memory *memory,
-                       const ps_sample *samples, size_t sample_count,
-                       const uint64_t *placed, uint64_t limit,
-                       ps_file_page **out, uint64_t *count, ps_error *err);
+int ps_page_structs_read(ps_spaces *spaces, const ps_guest_memory *memory,
+                         const ps_sample *samples, size_t sample_count,
+                         const uint64_t *placed, uint64_t limit,
+                         ps_file_page **out, uint64_t *count,
+                         uint64_t *free_pages, ps_error *err);
 
 /* locality.c: the reverse index with the counts of sharing, and the order. */
 int ps_spaces_index(ps_spaces *spaces, const ps_guest_memory *memory,

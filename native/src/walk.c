@@ -429,6 +429,8 @@ static int enter(ps_walk *walk, uint32_t level, uint64_t address,
             if (walk->once) {
                 return PS_OK;
             }
+        } else if (walk->trail) {
+            walk->trail[walk->trail_count++] = (uint32_t)global;
         }
         ps_bit_set(walk->marks, global);
     }
@@ -457,6 +459,7 @@ int ps_walk_init(ps_walk *walk, const ps_paging_half *half, ps_error *err)
     int r;
 
     memset(&walk->stats, 0, sizeof(walk->stats));
+    walk->trail_count = 0;
     walk->half = *half;
     walk->next = half->first;
     walk->top = half->mode->levels - 1;

@@ -65,6 +65,11 @@ static inline bool ps_bit_test(const uint64_t *bits, uint64_t i)
     return (bits[i >> 6] >> (i & 63) & 1) != 0;
 }
 
+static inline void ps_bit_clear(uint64_t *bits, uint64_t i)
+{
+    bits[i >> 6] &= ~(UINT64_C(1) << (i & 63));
+}
+
 static inline void ps_bit_set(uint64_t *bits, uint64_t i)
 {
     bits[i >> 6] |= UINT64_C(1) << (i & 63);
@@ -140,10 +145,13 @@ typedef struct ps_walk {
     const ps_guest_memory *memory;
     uint64_t *budget;  /* one for each table read */
     uint64_t *marks;   /* NULL, or a bit for each page: it is a table */
+    uint32_t *trail;   /* NULL, or room for the tables that get a mark: as many
+                          as there are used pages */
     bool once;         /* do not enter tables that are marked already */
     uint32_t required; /* flags: mappings without them are left out */
     /* Its own. */
     ps_walk_stats stats;
+    size_t trail_count;
     ps_paging_half half;
     uint64_t next;
     uint32_t level;

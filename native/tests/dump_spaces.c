@@ -113,7 +113,7 @@ static void print(const ps_spaces *spaces, const ps_guest_memory *memory,
                   bool list, bool frames)
 {
     static const char *const names[PS_SOURCES] = {"user", "file", "kernel",
-                                                  "rest"};
+                                                  "rest", "free"};
     const ps_spaces_stats *s = &spaces->stats;
 
     printf("mode: %s\n",

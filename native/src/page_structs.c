@@ -1,20 +1,26 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Pages of files in Linux's page cache, told by their struct page. From Linux
- * 4.18 on it has 64 bytes and lies in one virtual array, by frame number
- * (include/linux/mm_types.h, SPARSEMEM_VMEMMAP):
+ * What Linux knows of its frames: pages of files in the page cache, and free
+ * ones. From Linux 4.18 on a struct page has 64 bytes and lies in one virtual
+ * array, by frame number (include/linux/mm_types.h, SPARSEMEM_VMEMMAP):
  *
  *      8  of a tail of a compound page: its head's address | 1
  *     24  mapping: bits 0 and 1 are 0 and it is not NULL: the struct
  *         address_space of a file; 1: anonymous memory
  *     32  index: the page's number in the file; of anonymous memory that was
  *         never remapped, virtual address / 4096
+ *     48  map count or type, 4 bytes; -1: neither mapped nor of a type
+ *     52  references, 4 bytes
  *
  * Where the array begins is random, and is found by what it has to say: a
  * writable user page is most often anonymous, so its struct page has a number
  * that we know. One page of kernel memory that has it where that frame's
  * struct page would be gives a beginning, and it is right if it holds for
- * other pages too. If none does, files are not known, and nothing is lost.
+ * other pages too. If none does, neither is known, and nothing is lost.
+ *
+ * A page without references is free, in the buddy allocator (whose blocks'
+ * first pages have a type for it) or on a CPU's list, unless it is a tail or
+ * of another type. What is left in it was freed with it.
  *
  * Slab pages of some kernels have a pointer at 24 as well. An address_space
  * begins with the address of its inode, which it is a part of: so `mapping`
@@ -26,9 +32,13 @@
 #define TAIL_HEAD 8u
 #define MAPPING 24u
 #define INDEX 32u
+#define COUNTS 48u
 #define MAPPING_KIND 3u
 #define MAPPING_ANON 1u
 #define MAX_INODE 2048u
+#define NO_TYPE UINT32_MAX
+#define TYPE_BUDDY 0xffffff7fu     /* 4.18 to 6.10 */
+#define TYPE_BUDDY_HIGH_BYTE 0xf0u /* 6.12 on */
 
 #define SEEDS 16u
 #define MIN_MATCHES 4u
@@ -38,6 +48,7 @@
 typedef struct page_struct {
     uint64_t mapping;
     uint64_t index;
+    bool is_free;
 } page_struct;
 
 typedef struct reader {
@@ -90,17 +101,26 @@ static int read_word(reader *r, uint64_t address, uint64_t *word, bool *known,
     return PS_OK;
 }
 
-/* mapping and index of a frame, of its head if it is a tail; both 0 where
+/* type in the low half, references in the high one. */
+static bool is_free(uint64_t counts)
+{
+    uint32_t type = (uint32_t)counts;
+
+    return counts >> 32 == 0 && (type == NO_TYPE || type == TYPE_BUDDY ||
+                                 type >> 24 == TYPE_BUDDY_HIGH_BYTE);
+}
+
+/* Of a frame, mapping and index of its head if it is a tail; all 0 where
    nothing is known. */
 static int read_page_struct(reader *r, uint64_t base, uint64_t frame,
                             page_struct *out, ps_error *err)
 {
     uint64_t address = base + frame * STRUCT_PAGE;
-    uint64_t head, tail = 0;
+    uint64_t head, counts, tail = 0;
     bool known;
     int result;
 
-    out->mapping = out->index = 0;
+    memset(out, 0, sizeof(*out));
     result = read_word(r, address + TAIL_HEAD, &head, &known, err);
     if (result || !known) {
         return result;
@@ -117,7 +137,12 @@ static int read_page_struct(reader *r, uint64_t base, uint64_t frame,
         return result;
     }
     result = read_word(r, address + INDEX, &out->index, &known, err);
+    if (result) {
+        return result;
+    }
     out->index += tail;
+    result = read_word(r, address + COUNTS, &counts, &known, err);
+    out->is_free = known && !(head & 1) && is_free(counts);
     return result;
 }
 
@@ -211,10 +236,10 @@ static int file_page_order(const void *a, const void *b)
     return (x->global > y->global) - (x->global < y->global);
 }
 
-/* Used pages, not placed yet, that may belong to a file. */
+/* Used pages, not placed yet, that are free or may belong to a file. */
 static int collect(reader *r, uint64_t base, const uint64_t *placed,
                    uint64_t limit, ps_file_page *pages, uint64_t *count,
-                   ps_error *err)
+                   uint64_t *free_pages, ps_error *err)
 {
     const ps_guest_memory *memory = r->memory;
 
@@ -223,6 +248,7 @@ static int collect(reader *r, uint64_t base, const uint64_t *placed,
 
         for (uint64_t p = 0; p < range->pages; p++) {
             uint64_t global = range->first + p;
+            uint64_t frame = (range->address >> PS_PAGE_BITS) + p;
             page_struct page;
             int result;
 
@@ -230,10 +256,13 @@ static int collect(reader *r, uint64_t base, const uint64_t *placed,
                 ps_bit_test(placed, global)) {
                 continue;
             }
-            result = read_page_struct(
-                r, base, (range->address >> PS_PAGE_BITS) + p, &page, err);
+            result = read_page_struct(r, base, frame, &page, err);
             if (result) {
                 return result;
+            }
+            if (page.is_free) {
+                ps_bit_set(free_pages, global);
+                continue;
             }
             if (page.mapping == 0 || page.mapping & MAPPING_KIND ||
                 page.index > UINT32_MAX || *count == limit) {
@@ -277,10 +306,11 @@ static int keep_files(reader *r, ps_spaces *spaces, ps_file_page *pages,
     return PS_OK;
 }
 
-int ps_file_pages_find(ps_spaces *spaces, const ps_guest_memory *memory,
-                       const ps_sample *samples, size_t sample_count,
-                       const uint64_t *placed, uint64_t limit,
-                       ps_file_page **out, uint64_t *count, ps_error *err)
+int ps_page_structs_read(ps_spaces *spaces, const ps_guest_memory *memory,
+                         const ps_sample *samples, size_t sample_count,
+                         const uint64_t *placed, uint64_t limit,
+                         ps_file_page **out, uint64_t *count,
+                         uint64_t *free_pages, ps_error *err)
 {
     PS_AUTOFREE reader *r = NULL;
     uint64_t left = 0, base;
@@ -320,7 +350,7 @@ int ps_file_pages_find(ps_spaces *spaces, const ps_guest_memory *memory,
     if (!*out) {
         return ps_fail_errno(err, PS_NOWHERE, "pages of files");
     }
-    result = collect(r, base, placed, limit, *out, count, err);
+    result = collect(r, base, placed, limit, *out, count, free_pages, err);
     if (result) {
         return result;
     }
