@@ -18,10 +18,10 @@
  * aarch64. There is no kernel half to match (TTBR1 is apart), so a candidate
  * is told by its form: a used page that has only table descriptors, of used
  * pages in RAM. It is a live root if its whole tree is in order, with
- * nothing but tables down to where leaves may be, and ends in used pages for
- * user mode: a descriptor of a table has no attributes set, one of a user
- * page has several (walk.c), so a tree has exactly one depth at which it is
- * in order. A table of a lower level, taken for a root, has leaves where
+ * nothing but tables down to where leaves may be, and ends in used pages, all
+ * of them for user mode: a descriptor of a table has no attributes set, one of
+ * a user page has several (walk.c), so a tree has exactly one depth at which it
+ * is in order. A table of a lower level, taken for a root, has leaves where
  * tables should be. As a last check no root may be a table of another one.
  * Dead ones are all zero here, since they had no kernel half.
  *
@@ -40,9 +40,8 @@
 
 #define MAX_SPACES 65536u
 /* What a guest without much in it may still cost. */
-#define SPARE_TABLES UINT64_C(65536)
+#define SPARE_TABLES UINT64_C(4096)
 #define SPARE_RUNS UINT64_C(65536)
-#define SPARE_BYTES (UINT64_C(4) << 20)
 
 typedef struct root {
     uint64_t address;
@@ -150,19 +149,11 @@ static void add_mapping(finder *f, const ps_mapping *mapping)
     uint64_t done = 0;
 
     while (done < mapping->bytes) {
-        uint64_t physical = mapping->physical + done;
-        uint64_t global = ps_guest_global(memory, physical);
-        uint64_t leaf_end = (global | (PS_LEAF_PAGES - 1)) + 1;
+        uint64_t physical = mapping->physical + done, next, global, end;
+        const ps_guest_range *range =
+            ps_guest_range_at(memory, physical, &next);
 
-        if (global == PS_NOWHERE) {
-            /* To the next range, if there is one. */
-            uint64_t next = UINT64_MAX;
-
-            for (size_t i = memory->range_count; i-- > 0;) {
-                if (memory->ranges[i].address > physical) {
-                    next = memory->ranges[i].address;
-                }
-            }
+        if (!range) {
             if (next - physical >= mapping->bytes - done) {
                 return;
             }
@@ -176,10 +167,12 @@ static void add_mapping(finder *f, const ps_mapping *mapping)
             }
             f->budget--;
         }
-        for (; global < leaf_end && done < mapping->bytes; global++) {
-            if (ps_guest_global(memory, mapping->physical + done) != global) {
-                break; /* the range ends within the leaf */
-            }
+        global = range->first + ((physical - range->address) >> PS_PAGE_BITS);
+        end = (global | (PS_LEAF_PAGES - 1)) + 1;
+        if (end > range->first + range->pages) {
+            end = range->first + range->pages;
+        }
+        for (; global < end && done < mapping->bytes; global++) {
             add_page(f, mapping->address + done, global, mapping->flags);
             done += PS_PAGE_SIZE;
         }
@@ -190,31 +183,48 @@ static void add_mapping(finder *f, const ps_mapping *mapping)
     }
 }
 
-/* Walk a half and append its runs. */
-static int add_runs(finder *f, const ps_paging_half *half, uint32_t required,
-                    bool once, bool strict, ps_error *err)
+/* How add_runs() walks. */
+enum {
+    WALK_USER = 1,   /* only what user mode may reach */
+    WALK_STRICT = 2, /* end where it cannot be a user's table */
+    WALK_ONCE = 4,   /* no table that was walked before */
+};
+
+/*
+ * Walk a half and append its runs. A page that user mode may execute and not
+ * read is a user's all the same (aarch64 has them).
+ */
+static int add_runs(finder *f, const ps_paging_half *half, uint32_t how,
+                    bool *alien, ps_error *err)
 {
     ps_walk *walk = &f->walk;
+    bool apart = f->architecture == PS_ARCH_AARCH64;
+    uint32_t user = PS_MAP_USER | (apart ? PS_MAP_EXECUTABLE : 0);
     int r;
 
+    *alien = false;
     walk->memory = f->memory;
     walk->budget = &f->budget;
     walk->marks = f->tables;
     walk->trail = f->trail;
-    walk->once = once;
-    walk->required = required;
+    walk->once = how & WALK_ONCE;
+    walk->strict = how & WALK_STRICT;
+    walk->required = how & WALK_USER && !apart ? PS_MAP_USER : 0;
     f->open.pages = 0;
     f->pages = 0;
     r = ps_walk_init(walk, half, err);
-    while (!r) {
+    while (!r && !*alien) {
         ps_mapping mapping;
 
         r = ps_walk_next(walk, &mapping, err);
-        if (r || mapping.bytes == 0 ||
-            (strict && (walk->stats.damaged || walk->stats.outside))) {
+        if (r || mapping.bytes == 0) {
             break;
         }
-        add_mapping(f, &mapping);
+        if (!(how & WALK_USER) || mapping.flags & user) {
+            add_mapping(f, &mapping);
+        } else if (how & WALK_STRICT) {
+            *alien = true;
+        }
     }
     close_run(f);
     f->out->stats.tables += walk->stats.tables;
@@ -632,17 +642,19 @@ static int try_root(finder *f, const root *candidate, ps_error *err)
     ps_paging_half half = f->paging.user;
     bool strict = f->architecture == PS_ARCH_AARCH64 && !candidate->current;
     uint64_t nonsense;
+    bool alien = false;
     int r = add_space(f, candidate->address, PS_SPACE_USER, err);
 
     half.root = candidate->address;
     if (!r) {
-        r = add_runs(f, &half, PS_MAP_USER, false, strict, err);
+        r = add_runs(f, &half, WALK_USER | (strict ? WALK_STRICT : 0), &alien,
+                     err);
     }
     if (r) {
         return r;
     }
-    nonsense = stats->damaged + stats->outside + stats->loops;
-    if (f->pages == 0 || nonsense > (strict ? 0 : f->pages)) {
+    nonsense = ps_walk_nonsense(&f->walk);
+    if (f->pages == 0 || alien || nonsense > (strict ? 0 : f->pages)) {
         total->dead++;
         drop_last_space(f);
         return PS_OK;
@@ -784,6 +796,7 @@ static int find_kernel_space(finder *f, ps_error *err)
 {
     const ps_paging_half *kernel = &f->paging.kernel;
     ps_space *space;
+    bool alien;
     int r;
 
     if (!kernel->mode) {
@@ -792,7 +805,7 @@ static int find_kernel_space(finder *f, ps_error *err)
     r = add_space(f, kernel->root, PS_SPACE_KERNEL, err);
     if (!r) {
         /* Each table once: KASAN maps its shadow through one table for all. */
-        r = add_runs(f, kernel, 0, true, false, err);
+        r = add_runs(f, kernel, WALK_ONCE, &alien, err);
     }
     if (r) {
         return r;
