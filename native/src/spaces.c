@@ -40,7 +40,7 @@
 
 #define MAX_SPACES 65536u
 /* What a guest without much in it may still cost. */
-#define SPARE_TABLES UINT64_C(4096)
+#define SPARE_TABLES UINT64_C(1024)
 #define SPARE_RUNS UINT64_C(65536)
 
 typedef struct root {
@@ -330,7 +330,7 @@ static int kernel_ttbr(finder *f, ps_error *err)
     uint64_t at = kernel->root;
     size_t most = 0;
 
-    for (uint64_t i = 0; i < 3; i++) {
+    for (uint64_t i = 0; kernel->mode && i < 3; i++) {
         uint64_t address = at + i * PS_PAGE_SIZE;
         size_t count;
         bool known;
