@@ -54,8 +54,10 @@ typedef struct finder {
     const ps_guest_memory *memory;
     ps_spaces *out;
     uint32_t architecture;
-    ps_paging paging; /* of the CPU that is the model */
-    uint64_t model[HALF_ENTRIES];
+    ps_paging paging;             /* of the CPU that is the model */
+    uint64_t model[HALF_ENTRIES]; /* x86-64: the kernel half */
+    size_t model_count;           /* entries of it that are not 0 */
+    size_t last;                  /* the last one of them */
     uint64_t page[PS_TABLE_ENTRIES];
 
     root *roots;
@@ -380,8 +382,7 @@ static int add_root(finder *f, uint64_t address, bool current, ps_error *err)
  */
 static int choose_model(finder *f, ps_error *err)
 {
-    size_t most = 0;
-
+    f->last = HALF_ENTRIES - 1;
     if (f->cpu_count == 0) {
         f->out->reason = "the CPU's registers are not known";
     }
@@ -407,8 +408,8 @@ static int choose_model(finder *f, ps_error *err)
             uint64_t from;
 
             r = kernel_half(f, paging.user.root, &from, half, &count, err);
-            if (!r && count > most) {
-                most = count;
+            if (!r && count > f->model_count) {
+                f->model_count = count;
                 f->paging.kernel.root = from;
                 memcpy(f->model, half, sizeof(half));
             }
@@ -432,49 +433,21 @@ static int choose_model(finder *f, ps_error *err)
 
 /* ----------------------------------------------------------- candidates */
 
-/* Entries that are not 0 and far apart, to reject a page by its first look. */
-typedef struct looks {
-    size_t first;
-    size_t last;
-    size_t count;
-} looks;
-
-static looks looks_of(const uint64_t *half)
-{
-    looks l = {HALF_ENTRIES, 0, 0};
-
-    for (size_t i = 0; i < HALF_ENTRIES; i++) {
-        if (half[i]) {
-            l.first = l.first < i ? l.first : i;
-            l.last = i;
-            l.count++;
-        }
-    }
-    return l;
-}
-
-static int matches_kernel_half(finder *f, const looks *l, uint64_t address,
-                               bool *match, ps_error *err)
+/* A page fails by the last entry of its half in nearly all cases: that is the
+   kernel's image, and the same in every table. */
+static int matches_kernel_half(finder *f, uint64_t address, bool *match,
+                               ps_error *err)
 {
     const ps_guest_memory *memory = f->memory;
-    const size_t look[2] = {l->last, l->first};
+    uint64_t offset = HALF_BYTES + f->last * sizeof(uint64_t), entry;
     size_t different, equal;
-    bool alike = false;
     int r;
 
     *match = false;
-    for (size_t i = 0; i < 2 && !alike; i++) {
-        uint64_t entry;
-
-        r = memory->read(memory->opaque, address + HALF_BYTES + look[i] * 8,
-                         sizeof(entry), &entry, err);
-        if (r) {
-            return r;
-        }
-        alike = !((entry ^ f->model[look[i]]) & ~X86_ACCESSED_DIRTY);
-    }
-    if (!alike) {
-        return PS_OK;
+    r = memory->read(memory->opaque, address + offset, sizeof(entry), &entry,
+                     err);
+    if (r || (entry ^ f->model[f->last]) & ~X86_ACCESSED_DIRTY) {
+        return r;
     }
     r = memory->read(memory->opaque, address + HALF_BYTES, HALF_BYTES, f->page,
                      err);
@@ -482,7 +455,7 @@ static int matches_kernel_half(finder *f, const looks *l, uint64_t address,
         return r;
     }
     equal = count_equal(f->page, f->model, &different);
-    *match = different <= MAX_DIFFERENCES && 4 * equal >= 3 * l->count;
+    *match = different <= MAX_DIFFERENCES && 4 * equal >= 3 * f->model_count;
     return PS_OK;
 }
 
@@ -518,7 +491,6 @@ static int looks_like_root(finder *f, uint64_t address, bool *match,
 static int scan(finder *f, ps_error *err)
 {
     const ps_guest_memory *memory = f->memory;
-    const looks l = looks_of(f->model);
 
     for (size_t i = 0; i < memory->range_count; i++) {
         const ps_guest_range *range = &memory->ranges[i];
@@ -532,7 +504,7 @@ static int scan(finder *f, ps_error *err)
                 continue;
             }
             r = f->architecture == PS_ARCH_X86_64
-                    ? matches_kernel_half(f, &l, address, &match, err)
+                    ? matches_kernel_half(f, address, &match, err)
                     : looks_like_root(f, address, &match, err);
             if (!r && match) {
                 f->out->stats.candidates++;
@@ -550,7 +522,10 @@ static int find_candidates(finder *f, ps_error *err)
 {
     bool whole = f->paging.user.root_mask == PS_TABLE_ENTRIES - 1;
 
-    if (f->architecture == PS_ARCH_X86_64 && looks_of(f->model).count) {
+    if (f->architecture == PS_ARCH_X86_64 && f->model_count) {
+        while (f->model[f->last] == 0) {
+            f->last--;
+        }
         return scan(f, err);
     }
     if (f->architecture == PS_ARCH_AARCH64 && whole) {
@@ -847,6 +822,14 @@ static size_t trail_bytes(const ps_spaces *out)
     return out->stats.used * sizeof(uint32_t);
 }
 
+static void release_tables(finder *f)
+{
+    free(f->tables);
+    f->tables = NULL;
+    ps_unreserve(f->trail, trail_bytes(f->out));
+    f->trail = NULL;
+}
+
 static int find(finder *f, ps_error *err)
 {
     ps_spaces *out = f->out;
@@ -857,6 +840,9 @@ static int find(finder *f, ps_error *err)
     }
     out->leaves = f->memory->leaves;
     out->max_runs = 2 * out->stats.used + SPARE_RUNS;
+    if (out->max_runs > UINT32_MAX) {
+        out->max_runs = UINT32_MAX;
+    }
     out->runs_bytes = out->max_runs * sizeof(ps_virtual_run);
     f->budget = 4 * (out->stats.used + out->leaves) + SPARE_TABLES;
     f->sample_step = 1;
@@ -875,6 +861,7 @@ static int find(finder *f, ps_error *err)
         r = r ? r : find_user_spaces(f, err);
         r = r ? r : find_kernel_space(f, err);
     }
+    release_tables(f);
     r = r ? r : ps_spaces_index(out, f->memory, err);
     return r ? r
              : ps_spaces_order(out, f->memory, f->samples, f->sample_count,
@@ -888,6 +875,7 @@ int ps_spaces_find(const ps_cpu_paging *cpus, size_t cpu_count,
     finder *f;
     int r = check_memory(memory, err);
 
+    *out = NULL;
     if (r) {
         return r;
     }
@@ -904,8 +892,7 @@ int ps_spaces_find(const ps_cpu_paging *cpus, size_t cpu_count,
     f->out = *out;
     r = find(f, err);
     free(f->roots);
-    free(f->tables);
-    ps_unreserve(f->trail, trail_bytes(f->out));
+    release_tables(f);
     free(f);
     if (r) {
         ps_spaces_destroy(*out);
