@@ -90,7 +90,7 @@ typedef struct finder {
 
 /* ----------------------------------------------------------------- runs */
 
-/* A page that the open run does not end with is part of the next one. */
+/* The open run is complete; zero pages at its end are not part of it. */
 static void close_run(finder *f)
 {
     ps_spaces *out = f->out;
@@ -180,6 +180,9 @@ static void add_mapping(finder *f, const ps_mapping *mapping)
             }
             done += next - physical;
             continue;
+        }
+        if (physical == range->address) {
+            close_run(f); /* the page before it is elsewhere */
         }
         global = range->first + ((physical - range->address) >> PS_PAGE_BITS);
         end = (global | (PS_LEAF_PAGES - 1)) + 1;
