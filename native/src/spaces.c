@@ -18,10 +18,10 @@
  * aarch64. There is no kernel half to match (TTBR1 is apart), so a candidate
  * is told by its form: a used page that has only table descriptors, of used
  * pages in RAM. It is a live root if its whole tree is in order, with
- * nothing but tables down to where leaves may be, and ends in used pages for
- * user mode: a descriptor of a table has no attributes set, one of a user
- * page has several (walk.c), so a tree has exactly one depth at which it is
- * in order. A table of a lower level, taken for a root, has leaves where
+ * nothing but tables down to where leaves may be, and ends in used pages, all
+ * of them for user mode: a descriptor of a table has no attributes set, one of
+ * a user page has several (walk.c), so a tree has exactly one depth at which it
+ * is in order. A table of a lower level, taken for a root, has leaves where
  * tables should be. As a last check no root may be a table of another one.
  * Dead ones are all zero here, since they had no kernel half.
  *
@@ -31,8 +31,12 @@
 
 #define HALF_ENTRIES (PS_TABLE_ENTRIES / 2)
 #define HALF_BYTES (HALF_ENTRIES * sizeof(uint64_t))
-/* Entries in which a kernel half may differ: KPTI's LDT slot, self-references
-   of other kernels, top-level entries that old ones fill in when they fault. */
+/*
+ * Entries in which a kernel half may differ: KPTI's LDT slot, self-references
+ * of other kernels, top-level entries that old ones fill in when they fault.
+ * In guests with Linux 6.1, 4 and 5 levels, with and without KPTI, all 114
+ * candidates had the same half bit for bit.
+ */
 #define MAX_DIFFERENCES 4u
 #define X86_ACCESSED_DIRTY UINT64_C(0x60)
 #define X86_NX (UINT64_C(1) << 63)
@@ -40,9 +44,10 @@
 
 #define MAX_SPACES 65536u
 /* What a guest without much in it may still cost. */
-#define SPARE_TABLES UINT64_C(65536)
+#define SPARE_TABLES UINT64_C(1024)
 #define SPARE_RUNS UINT64_C(65536)
-#define SPARE_BYTES (UINT64_C(4) << 20)
+/* To see that as many leaves have no used page takes as long as one table. */
+#define EMPTY_LEAVES 16u
 
 typedef struct root {
     uint64_t address;
@@ -55,8 +60,10 @@ typedef struct finder {
     const ps_guest_memory *memory;
     ps_spaces *out;
     uint32_t architecture;
-    ps_paging paging; /* of the CPU that is the model */
-    uint64_t model[HALF_ENTRIES];
+    ps_paging paging;             /* of the CPU that is the model */
+    uint64_t model[HALF_ENTRIES]; /* x86-64: the kernel half */
+    size_t model_count;           /* entries of it that are not 0 */
+    size_t last;                  /* the last one of them */
     uint64_t page[PS_TABLE_ENTRIES];
 
     root *roots;
@@ -67,6 +74,7 @@ typedef struct finder {
     uint64_t *tables; /* a bit for each page: a table of a live space */
     uint32_t *trail;  /* the bits that the last walk has set */
     uint64_t budget;
+    uint64_t empty_leaves;
     ps_walk walk;
 
     /* The run that grows: its pages, and those with zero pages at its end. */
@@ -82,7 +90,7 @@ typedef struct finder {
 
 /* ----------------------------------------------------------------- runs */
 
-/* A page that the open run does not end with is part of the next one. */
+/* The open run is complete; zero pages at its end are not part of it. */
 static void close_run(finder *f)
 {
     ps_spaces *out = f->out;
@@ -142,44 +150,59 @@ static void add_page(finder *f, uint64_t address, uint64_t global,
     }
 }
 
-/* The part of a mapping that is RAM, leaf by leaf: a large one costs what the
-   tables that it saves would have cost. */
+static bool is_empty_leaf(const ps_guest_memory *memory, uint64_t leaf)
+{
+    const uint64_t *words = &memory->used[leaf * PS_LEAF_PAGES / 64];
+
+    for (size_t i = 0; i < PS_LEAF_PAGES / 64; i++) {
+        if (words[i]) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* The part of a mapping that is RAM, leaf by leaf: a large one costs as much
+   of the budget as the tables that it saves would have, in terms of time. */
 static void add_mapping(finder *f, const ps_mapping *mapping)
 {
     const ps_guest_memory *memory = f->memory;
     uint64_t done = 0;
 
     while (done < mapping->bytes) {
-        uint64_t physical = mapping->physical + done;
-        uint64_t global = ps_guest_global(memory, physical);
-        uint64_t leaf_end = (global | (PS_LEAF_PAGES - 1)) + 1;
+        uint64_t physical = mapping->physical + done, next, global, end;
+        const ps_guest_range *range =
+            ps_guest_range_at(memory, physical, &next);
 
-        if (global == PS_NOWHERE) {
-            /* To the next range, if there is one. */
-            uint64_t next = UINT64_MAX;
-
-            for (size_t i = memory->range_count; i-- > 0;) {
-                if (memory->ranges[i].address > physical) {
-                    next = memory->ranges[i].address;
-                }
-            }
+        if (!range) {
             if (next - physical >= mapping->bytes - done) {
                 return;
             }
             done += next - physical;
             continue;
         }
+        if (physical == range->address) {
+            close_run(f); /* the page before it is elsewhere */
+        }
+        global = range->first + ((physical - range->address) >> PS_PAGE_BITS);
+        end = (global | (PS_LEAF_PAGES - 1)) + 1;
+        if (end > range->first + range->pages) {
+            end = range->first + range->pages;
+        }
         if (mapping->flags & PS_MAP_LARGE) {
+            bool empty = is_empty_leaf(memory, global / PS_LEAF_PAGES);
+
             if (f->budget == 0) {
                 f->walk.stats.exhausted = true;
                 return;
             }
-            f->budget--;
-        }
-        for (; global < leaf_end && done < mapping->bytes; global++) {
-            if (ps_guest_global(memory, mapping->physical + done) != global) {
-                break; /* the range ends within the leaf */
+            f->budget -= !empty || f->empty_leaves++ % EMPTY_LEAVES == 0;
+            if (empty) {
+                done += (end - global) << PS_PAGE_BITS;
+                continue;
             }
+        }
+        for (; global < end && done < mapping->bytes; global++) {
             add_page(f, mapping->address + done, global, mapping->flags);
             done += PS_PAGE_SIZE;
         }
@@ -190,31 +213,53 @@ static void add_mapping(finder *f, const ps_mapping *mapping)
     }
 }
 
-/* Walk a half and append its runs. */
-static int add_runs(finder *f, const ps_paging_half *half, uint32_t required,
-                    bool once, bool strict, ps_error *err)
+/* How add_runs() walks. */
+enum {
+    WALK_USER = 1,   /* only what user mode may reach */
+    WALK_STRICT = 2, /* end where it cannot be a user's table */
+    WALK_ONCE = 4,   /* no table that was walked before */
+};
+
+/*
+ * Walk a half and append its runs. A page that user mode may execute and not
+ * read is a user's all the same (aarch64 has them).
+ */
+static int add_runs(finder *f, const ps_paging_half *half, uint32_t how,
+                    bool *alien, ps_error *err)
 {
     ps_walk *walk = &f->walk;
+    bool apart = f->architecture == PS_ARCH_AARCH64;
+    uint32_t user = PS_MAP_USER | (apart ? PS_MAP_EXECUTABLE : 0);
     int r;
 
+    *alien = false;
     walk->memory = f->memory;
     walk->budget = &f->budget;
     walk->marks = f->tables;
     walk->trail = f->trail;
+<<<<<<< HEAD
     walk->once = once;
     walk->required = required;
+=======
+    walk->once = how & WALK_ONCE;
+    walk->strict = how & WALK_STRICT;
+    walk->required = how & WALK_USER && !apart ? PS_MAP_USER : 0;
+>>>>>>> walker
     f->open.pages = 0;
     f->pages = 0;
     r = ps_walk_init(walk, half, err);
-    while (!r) {
+    while (!r && !*alien) {
         ps_mapping mapping;
 
         r = ps_walk_next(walk, &mapping, err);
-        if (r || mapping.bytes == 0 ||
-            (strict && (walk->stats.damaged || walk->stats.outside))) {
+        if (r || mapping.bytes == 0) {
             break;
         }
-        add_mapping(f, &mapping);
+        if (!(how & WALK_USER) || mapping.flags & user) {
+            add_mapping(f, &mapping);
+        } else if (how & WALK_STRICT) {
+            *alien = true;
+        }
     }
     close_run(f);
     f->out->stats.tables += walk->stats.tables;
@@ -320,7 +365,7 @@ static int kernel_ttbr(finder *f, ps_error *err)
     uint64_t at = kernel->root;
     size_t most = 0;
 
-    for (uint64_t i = 0; i < 3; i++) {
+    for (uint64_t i = 0; kernel->mode && i < 3; i++) {
         uint64_t address = at + i * PS_PAGE_SIZE;
         size_t count;
         bool known;
@@ -370,8 +415,7 @@ static int add_root(finder *f, uint64_t address, bool current, ps_error *err)
  */
 static int choose_model(finder *f, ps_error *err)
 {
-    size_t most = 0;
-
+    f->last = HALF_ENTRIES - 1;
     if (f->cpu_count == 0) {
         f->out->reason = "the CPU's registers are not known";
     }
@@ -397,8 +441,8 @@ static int choose_model(finder *f, ps_error *err)
             uint64_t from;
 
             r = kernel_half(f, paging.user.root, &from, half, &count, err);
-            if (!r && count > most) {
-                most = count;
+            if (!r && count > f->model_count) {
+                f->model_count = count;
                 f->paging.kernel.root = from;
                 memcpy(f->model, half, sizeof(half));
             }
@@ -422,49 +466,21 @@ static int choose_model(finder *f, ps_error *err)
 
 /* ----------------------------------------------------------- candidates */
 
-/* Entries that are not 0 and far apart, to reject a page by its first look. */
-typedef struct looks {
-    size_t first;
-    size_t last;
-    size_t count;
-} looks;
-
-static looks looks_of(const uint64_t *half)
-{
-    looks l = {HALF_ENTRIES, 0, 0};
-
-    for (size_t i = 0; i < HALF_ENTRIES; i++) {
-        if (half[i]) {
-            l.first = l.first < i ? l.first : i;
-            l.last = i;
-            l.count++;
-        }
-    }
-    return l;
-}
-
-static int matches_kernel_half(finder *f, const looks *l, uint64_t address,
-                               bool *match, ps_error *err)
+/* A page fails by the last entry of its half in nearly all cases: that is the
+   kernel's image, and the same in every table. */
+static int matches_kernel_half(finder *f, uint64_t address, bool *match,
+                               ps_error *err)
 {
     const ps_guest_memory *memory = f->memory;
-    const size_t look[2] = {l->last, l->first};
+    uint64_t offset = HALF_BYTES + f->last * sizeof(uint64_t), entry;
     size_t different, equal;
-    bool alike = false;
     int r;
 
     *match = false;
-    for (size_t i = 0; i < 2 && !alike; i++) {
-        uint64_t entry;
-
-        r = memory->read(memory->opaque, address + HALF_BYTES + look[i] * 8,
-                         sizeof(entry), &entry, err);
-        if (r) {
-            return r;
-        }
-        alike = !((entry ^ f->model[look[i]]) & ~X86_ACCESSED_DIRTY);
-    }
-    if (!alike) {
-        return PS_OK;
+    r = memory->read(memory->opaque, address + offset, sizeof(entry), &entry,
+                     err);
+    if (r || (entry ^ f->model[f->last]) & ~X86_ACCESSED_DIRTY) {
+        return r;
     }
     r = memory->read(memory->opaque, address + HALF_BYTES, HALF_BYTES, f->page,
                      err);
@@ -472,7 +488,7 @@ static int matches_kernel_half(finder *f, const looks *l, uint64_t address,
         return r;
     }
     equal = count_equal(f->page, f->model, &different);
-    *match = different <= MAX_DIFFERENCES && 4 * equal >= 3 * l->count;
+    *match = different <= MAX_DIFFERENCES && 4 * equal >= 3 * f->model_count;
     return PS_OK;
 }
 
@@ -508,7 +524,6 @@ static int looks_like_root(finder *f, uint64_t address, bool *match,
 static int scan(finder *f, ps_error *err)
 {
     const ps_guest_memory *memory = f->memory;
-    const looks l = looks_of(f->model);
 
     for (size_t i = 0; i < memory->range_count; i++) {
         const ps_guest_range *range = &memory->ranges[i];
@@ -522,7 +537,7 @@ static int scan(finder *f, ps_error *err)
                 continue;
             }
             r = f->architecture == PS_ARCH_X86_64
-                    ? matches_kernel_half(f, &l, address, &match, err)
+                    ? matches_kernel_half(f, address, &match, err)
                     : looks_like_root(f, address, &match, err);
             if (!r && match) {
                 f->out->stats.candidates++;
@@ -540,7 +555,10 @@ static int find_candidates(finder *f, ps_error *err)
 {
     bool whole = f->paging.user.root_mask == PS_TABLE_ENTRIES - 1;
 
-    if (f->architecture == PS_ARCH_X86_64 && looks_of(f->model).count) {
+    if (f->architecture == PS_ARCH_X86_64 && f->model_count) {
+        while (f->model[f->last] == 0) {
+            f->last--;
+        }
         return scan(f, err);
     }
     if (f->architecture == PS_ARCH_AARCH64 && whole) {
@@ -632,17 +650,19 @@ static int try_root(finder *f, const root *candidate, ps_error *err)
     ps_paging_half half = f->paging.user;
     bool strict = f->architecture == PS_ARCH_AARCH64 && !candidate->current;
     uint64_t nonsense;
+    bool alien = false;
     int r = add_space(f, candidate->address, PS_SPACE_USER, err);
 
     half.root = candidate->address;
     if (!r) {
-        r = add_runs(f, &half, PS_MAP_USER, false, strict, err);
+        r = add_runs(f, &half, WALK_USER | (strict ? WALK_STRICT : 0), &alien,
+                     err);
     }
     if (r) {
         return r;
     }
-    nonsense = stats->damaged + stats->outside + stats->loops;
-    if (f->pages == 0 || nonsense > (strict ? 0 : f->pages)) {
+    nonsense = ps_walk_nonsense(&f->walk);
+    if (f->pages == 0 || alien || nonsense > (strict ? 0 : f->pages)) {
         total->dead++;
         drop_last_space(f);
         return PS_OK;
@@ -784,6 +804,7 @@ static int find_kernel_space(finder *f, ps_error *err)
 {
     const ps_paging_half *kernel = &f->paging.kernel;
     ps_space *space;
+    bool alien;
     int r;
 
     if (!kernel->mode) {
@@ -792,7 +813,7 @@ static int find_kernel_space(finder *f, ps_error *err)
     r = add_space(f, kernel->root, PS_SPACE_KERNEL, err);
     if (!r) {
         /* Each table once: KASAN maps its shadow through one table for all. */
-        r = add_runs(f, kernel, 0, true, false, err);
+        r = add_runs(f, kernel, WALK_ONCE, &alien, err);
     }
     if (r) {
         return r;
@@ -834,6 +855,17 @@ static size_t trail_bytes(const ps_spaces *out)
     return out->stats.used * sizeof(uint32_t);
 }
 
+<<<<<<< HEAD
+=======
+static void release_tables(finder *f)
+{
+    free(f->tables);
+    f->tables = NULL;
+    ps_unreserve(f->trail, trail_bytes(f->out));
+    f->trail = NULL;
+}
+
+>>>>>>> walker
 static int find(finder *f, ps_error *err)
 {
     ps_spaces *out = f->out;
@@ -844,8 +876,11 @@ static int find(finder *f, ps_error *err)
     }
     out->leaves = f->memory->leaves;
     out->max_runs = 2 * out->stats.used + SPARE_RUNS;
+    if (out->max_runs > UINT32_MAX) {
+        out->max_runs = UINT32_MAX;
+    }
     out->runs_bytes = out->max_runs * sizeof(ps_virtual_run);
-    f->budget = 4 * (out->stats.used + out->leaves) + SPARE_TABLES;
+    f->budget = 2 * (out->stats.used + out->leaves) + SPARE_TABLES;
     f->sample_step = 1;
     f->tables = calloc(out->leaves * PS_LEAF_PAGES / 64 + 1, sizeof(uint64_t));
     if (!f->tables) {
@@ -862,6 +897,7 @@ static int find(finder *f, ps_error *err)
         r = r ? r : find_user_spaces(f, err);
         r = r ? r : find_kernel_space(f, err);
     }
+    release_tables(f);
     r = r ? r : ps_spaces_index(out, f->memory, err);
     return r ? r
              : ps_spaces_order(out, f->memory, f->samples, f->sample_count,
@@ -875,6 +911,7 @@ int ps_spaces_find(const ps_cpu_paging *cpus, size_t cpu_count,
     finder *f;
     int r = check_memory(memory, err);
 
+    *out = NULL;
     if (r) {
         return r;
     }
@@ -891,8 +928,12 @@ int ps_spaces_find(const ps_cpu_paging *cpus, size_t cpu_count,
     f->out = *out;
     r = find(f, err);
     free(f->roots);
+<<<<<<< HEAD
     free(f->tables);
     ps_unreserve(f->trail, trail_bytes(f->out));
+=======
+    release_tables(f);
+>>>>>>> walker
     free(f);
     if (r) {
         ps_spaces_destroy(*out);

@@ -4,9 +4,9 @@
  * order of its pages that follows from them. What a guest's memory says can
  * make this find nothing, never fail and never take long.
  *
- * Memory: at most 64 bytes for each used page, plus 8 MiB, plus 1 byte for
- * each MiB of RAM and address space for what is reserved. Runs beyond that
- * are left out, with a note.
+ * Memory: at most 64 bytes for each used page, plus 4 MiB, plus 100 bytes for
+ * each MiB of RAM. Runs and pages of files beyond that are left out, with a
+ * note for runs.
  */
 #ifndef PS_SPACES_H
 #define PS_SPACES_H

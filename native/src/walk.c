@@ -147,7 +147,8 @@ static inline uint32_t level_shift(uint32_t level)
 
 /* --------------------------------------------------------------- memory */
 
-uint64_t ps_guest_global(const ps_guest_memory *memory, uint64_t address)
+const ps_guest_range *ps_guest_range_at(const ps_guest_memory *memory,
+                                        uint64_t address, uint64_t *next)
 {
     size_t low = 0, high = memory->range_count;
 
@@ -158,12 +159,24 @@ uint64_t ps_guest_global(const ps_guest_memory *memory, uint64_t address)
         if (address < range->address) {
             high = middle;
         } else if ((address - range->address) >> PS_PAGE_BITS < range->pages) {
-            return range->first + ((address - range->address) >> PS_PAGE_BITS);
+            return range;
         } else {
             low = middle + 1;
         }
     }
-    return PS_NOWHERE;
+    if (next) {
+        *next = low < memory->range_count ? memory->ranges[low].address
+                                          : UINT64_MAX;
+    }
+    return NULL;
+}
+
+uint64_t ps_guest_global(const ps_guest_memory *memory, uint64_t address)
+{
+    const ps_guest_range *range = ps_guest_range_at(memory, address, NULL);
+
+    return range ? range->first + ((address - range->address) >> PS_PAGE_BITS)
+                 : PS_NOWHERE;
 }
 
 uint64_t ps_guest_address(const ps_guest_memory *memory, uint64_t global)
@@ -516,6 +529,9 @@ int ps_walk_next(ps_walk *walk, ps_mapping *out, ps_error *err)
             }
         } else {
             walk->stats.damaged++;
+        }
+        if (walk->strict && ps_walk_nonsense(walk)) {
+            walk->done = true;
         }
         if (!entered && !walk->done) {
             advance(walk);

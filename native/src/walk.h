@@ -37,6 +37,9 @@ typedef struct ps_guest_memory {
     uint64_t leaves;
 } ps_guest_memory;
 
+/* The range that an address lies in; NULL. *next: else the next one's. */
+const ps_guest_range *ps_guest_range_at(const ps_guest_memory *memory,
+                                        uint64_t address, uint64_t *next);
 /* Global number of the page at a guest-physical address; PS_NOWHERE. */
 uint64_t ps_guest_global(const ps_guest_memory *memory, uint64_t address);
 /* The reverse. */
@@ -132,6 +135,7 @@ typedef struct ps_walk {
     uint32_t *trail;   /* NULL, or room for the tables that get a mark: as many
                           as there are used pages */
     bool once;         /* do not enter tables that are marked already */
+    bool strict;       /* end at the first thing that makes no sense */
     uint32_t required; /* flags: mappings without them are left out */
     /* Its own. */
     ps_walk_stats stats;
@@ -150,6 +154,11 @@ typedef struct ps_walk {
 
 /* Begin a walk over a half, in ascending virtual order. */
 int ps_walk_init(ps_walk *walk, const ps_paging_half *half, ps_error *err);
+/* Entries that were left out because they make no sense. */
+static inline uint64_t ps_walk_nonsense(const ps_walk *walk)
+{
+    return walk->stats.damaged + walk->stats.outside + walk->stats.loops;
+}
 /* The next mapping, also of memory that is not RAM; out->bytes 0: the end. */
 int ps_walk_next(ps_walk *walk, ps_mapping *out, ps_error *err);
 
