@@ -237,14 +237,9 @@ static int add_runs(finder *f, const ps_paging_half *half, uint32_t how,
     walk->budget = &f->budget;
     walk->marks = f->tables;
     walk->trail = f->trail;
-<<<<<<< HEAD
-    walk->once = once;
-    walk->required = required;
-=======
     walk->once = how & WALK_ONCE;
     walk->strict = how & WALK_STRICT;
     walk->required = how & WALK_USER && !apart ? PS_MAP_USER : 0;
->>>>>>> walker
     f->open.pages = 0;
     f->pages = 0;
     r = ps_walk_init(walk, half, err);
@@ -855,8 +850,6 @@ static size_t trail_bytes(const ps_spaces *out)
     return out->stats.used * sizeof(uint32_t);
 }
 
-<<<<<<< HEAD
-=======
 static void release_tables(finder *f)
 {
     free(f->tables);
@@ -865,7 +858,6 @@ static void release_tables(finder *f)
     f->trail = NULL;
 }
 
->>>>>>> walker
 static int find(finder *f, ps_error *err)
 {
     ps_spaces *out = f->out;
@@ -928,12 +920,7 @@ int ps_spaces_find(const ps_cpu_paging *cpus, size_t cpu_count,
     f->out = *out;
     r = find(f, err);
     free(f->roots);
-<<<<<<< HEAD
-    free(f->tables);
-    ps_unreserve(f->trail, trail_bytes(f->out));
-=======
     release_tables(f);
->>>>>>> walker
     free(f);
     if (r) {
         ps_spaces_destroy(*out);

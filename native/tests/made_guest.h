@@ -119,13 +119,8 @@ static inline uint64_t made_leaf_entry(const made_guest *guest,
     switch (guest->architecture) {
     case PS_ARCH_X86_64:
         return address | (user ? 0x67 : 0x63) | (level ? 0x80 : 0);
-<<<<<<< HEAD
-    case PS_ARCH_AARCH64: /* AF SH, and nG AP[1] */
-        return address | (user ? 0xf40 : 0x700) | (level ? 1 : 3);
-=======
     case PS_ARCH_AARCH64: /* AF SH, and nG AP[1], or UXN */
         return address | (user ? 0xf40 : 0x0040000000000700) | (level ? 1 : 3);
->>>>>>> walker
     default:
         return address >> 2 | (user ? 0xdf : 0xcf);
     }
