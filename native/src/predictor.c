@@ -28,12 +28,18 @@ int ps_predictor_init(ps_predictor *predictor, uint32_t largest, ps_error *err)
         calloc(PS_PREDICTOR_RECORDS, sizeof(*predictor->records));
     predictor->index = calloc(PS_PREDICTOR_INDEX, sizeof(*predictor->index));
     predictor->lines = calloc(PS_PREDICTOR_LINES, sizeof(*predictor->lines));
-    if (!predictor->records || !predictor->index || !predictor->lines) {
+    predictor->regions =
+        calloc(PS_PREDICTOR_REGIONS, sizeof(*predictor->regions));
+    if (!predictor->records || !predictor->index || !predictor->lines ||
+        !predictor->regions) {
         ps_predictor_deinit(predictor);
         return ps_fail(err, PS_ERR_NOMEM, PS_NOWHERE, "no memory");
     }
     for (uint32_t i = 0; i < PS_PREDICTOR_LINES; i++) {
         predictor->lines[i].line = NOWHERE;
+    }
+    for (uint32_t i = 0; i < PS_PREDICTOR_REGIONS; i++) {
+        predictor->regions[i].line = NOWHERE;
     }
     return PS_OK;
 }
@@ -43,6 +49,7 @@ void ps_predictor_deinit(ps_predictor *predictor)
     free(predictor->records);
     free(predictor->index);
     free(predictor->lines);
+    free(predictor->regions);
     *predictor = (ps_predictor){0};
 }
 
@@ -69,6 +76,36 @@ static struct ps_prediction_line *find_line(ps_predictor *predictor,
         };
     }
     return slot;
+}
+
+/* A new region is what its line is. */
+static struct ps_prediction_region *find_region(ps_predictor *predictor,
+                                                uint64_t line, uint64_t at)
+{
+    uint64_t number = at >> PS_PREDICTOR_REGION_BITS;
+    struct ps_prediction_region *region =
+        &predictor->regions[mix(line, number) & (PS_PREDICTOR_REGIONS - 1)];
+
+    if (region->line != line || region->number != number) {
+        *region = (struct ps_prediction_region){
+            .line = line,
+            .number = number,
+            .right = find_line(predictor, line)->right,
+        };
+    }
+    return region;
+}
+
+/* A window in that region was right, or not. */
+static void learn(ps_predictor *predictor, uint64_t line, uint64_t at,
+                  bool right)
+{
+    struct ps_prediction_region *region = find_region(predictor, line, at);
+    struct ps_prediction_line *slot = find_line(predictor, line);
+    double target = right ? 1 : 0;
+
+    region->right += (target - region->right) * WEIGHT;
+    slot->right += (target - slot->right) * WEIGHT;
 }
 
 static uint16_t *index_slot(const ps_predictor *predictor, uint64_t line,
@@ -119,13 +156,13 @@ static uint32_t clamp(const ps_predictor *predictor, uint32_t pages)
  * a fifteenth of a fault (qemu-facts: 2.9 us against 45), so that it pays
  * from about that share of right ones on.
  */
-static uint32_t first_window(const struct ps_prediction_line *slot)
+static uint32_t first_window(double right)
 {
-    return slot->right >= 0.4    ? 16
-           : slot->right >= 0.2  ? 8
-           : slot->right >= 0.1  ? 4
-           : slot->right >= 0.06 ? 2
-                                 : 0;
+    return right >= 0.4    ? 16
+           : right >= 0.2  ? 8
+           : right >= 0.1  ? 4
+           : right >= 0.06 ? 2
+                           : 0;
 }
 
 ps_prediction ps_predictor_fault(ps_predictor *predictor, uint64_t line,
@@ -142,7 +179,7 @@ ps_prediction ps_predictor_fault(ps_predictor *predictor, uint64_t line,
         uint32_t twice = 2 * record->pages;
 
         record->confirmed = true;
-        slot->right += (1 - slot->right) * WEIGHT;
+        learn(predictor, line, record->at, true);
         prediction.confirms = true;
         prediction.stride =
             record->ahead == at ? record->stride : -record->stride;
@@ -155,7 +192,8 @@ ps_prediction ps_predictor_fault(ps_predictor *predictor, uint64_t line,
         prediction.stride = delta;
         prediction.pages = clamp(predictor, SMALLEST);
     } else {
-        prediction.pages = clamp(predictor, first_window(slot));
+        prediction.pages = clamp(
+            predictor, first_window(find_region(predictor, line, at)->right));
     }
     slot->delta = delta;
     slot->last = at;
@@ -167,10 +205,9 @@ static void give_up(ps_predictor *predictor, uint64_t number)
 {
     struct ps_prediction_record *record =
         &predictor->records[number % PS_PREDICTOR_RECORDS];
-    struct ps_prediction_line *slot = line_slot(predictor, record->line);
 
-    if (!record->confirmed && slot->line == record->line) {
-        slot->right -= slot->right * WEIGHT;
+    if (!record->confirmed) {
+        learn(predictor, record->line, record->at, false);
     }
 }
 
@@ -185,6 +222,7 @@ uint64_t ps_predictor_window(ps_predictor *predictor, uint64_t line,
 
     *record = (struct ps_prediction_record){
         .line = line,
+        .at = at,
         .ahead = ahead,
         .behind =
             prediction->confirms ? NOWHERE : at - (uint64_t)prediction->stride,

@@ -9,9 +9,11 @@
  * record of the place where its window ends (and the one before it begins). A
  * later fault just there says that the window was right: the next is twice as
  * large, in the same direction and stride. A record that nobody confirms for
- * a while says that it was not: windows of new places on that line shrink,
- * down to none. Such a record costs nothing to keep when its window was
- * empty, so a line is watched also while nothing is prefetched on it.
+ * a while says that it was not: windows of new places in that region of the
+ * line shrink, down to none. Such a record costs nothing to keep when its
+ * window was empty, so a region is watched also while nothing is prefetched
+ * in it. (Regions, because one process has memory of both kinds: an index all
+ * of which is used again and again, and values that nobody reads twice.)
  */
 #ifndef PS_PREDICTOR_H
 #define PS_PREDICTOR_H
@@ -21,6 +23,8 @@
 #define PS_PREDICTOR_RECORDS 4096u
 #define PS_PREDICTOR_INDEX 16384u /* a power of two */
 #define PS_PREDICTOR_LINES 256u   /* likewise */
+#define PS_PREDICTOR_REGIONS 4096u
+#define PS_PREDICTOR_REGION_BITS 9 /* 2 MiB of pages */
 
 typedef struct ps_prediction {
     int64_t stride; /* from the fault to the next place */
@@ -31,6 +35,7 @@ typedef struct ps_prediction {
 
 struct ps_prediction_record {
     uint64_t line;
+    uint64_t at;     /* of the fault */
     uint64_t ahead;  /* the place behind the window */
     uint64_t behind; /* before it; line's end: none */
     uint64_t number; /* counts up, tells a record from its successors */
@@ -52,12 +57,19 @@ struct ps_prediction_line {
     double right;   /* how many of its windows are right, 0..1 */
 };
 
+struct ps_prediction_region {
+    uint64_t line;
+    uint64_t number;
+    double right; /* as of its line */
+};
+
 typedef struct ps_predictor {
     uint32_t largest; /* window, in pages */
     uint64_t next;    /* record number */
     struct ps_prediction_record *records;
     uint16_t *index; /* by place: slot of the record + 1 */
     struct ps_prediction_line *lines;
+    struct ps_prediction_region *regions;
 } ps_predictor;
 
 int ps_predictor_init(ps_predictor *predictor, uint32_t largest, ps_error *err);
