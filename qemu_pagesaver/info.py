@@ -49,9 +49,21 @@ def describe(snapshot: Snapshot) -> dict[str, Any]:
         "hotplugged": list(meta.hotplugged),
         "pause": meta.pause,
         "duration": meta.duration,
+        "locality": None if meta.locality is None else dict(meta.locality),
+        "neighbours": neighbours(snapshot),
     }
     document["devices"] = _devices(snapshot)
     return document
+
+
+def neighbours(snapshot: Snapshot) -> str:
+    """Say in a clause where prefetch looks for the neighbours of a page, and why."""
+    spaces = snapshot.image.space_count
+    if spaces:
+        return f"guest-virtual, by {spaces} address spaces"
+    found = snapshot.meta.locality or {}
+    why = found.get("note") or "the file does not tell address spaces"
+    return f"physical: {why}"
 
 
 def _block(block: RamBlock) -> dict[str, Any]:

@@ -805,12 +805,17 @@ class Image:
                 )
             at = following[0]
 
+    @property
+    def space_count(self) -> int:
+        """How many address spaces of the guest the file tells."""
+        return int(lib.ps_image_space_count(self._image))
+
     def spaces(self) -> tuple[Space, ...]:
         """Return the guest's address spaces; none where the file does not tell."""
         out = ffi.new("ps_space_info *")
         error = _new_error()
         found = []
-        for index in range(lib.ps_image_space_count(self._image)):
+        for index in range(self.space_count):
             code = lib.ps_image_space(self._image, index, out, error)
             _check(code, error, self.name)
             found.append(_numbers(out, Space, index=index, kind=SpaceKind(out.kind)))
@@ -818,12 +823,16 @@ class Image:
 
     def virtual_runs(self, space: Space) -> Iterator[VirtualRun]:
         """Yield the runs of an address space, in order of their addresses."""
+        for index in range(space.first_run, space.first_run + space.run_count):
+            yield self.virtual_run(index)
+
+    def virtual_run(self, index: int) -> VirtualRun:
+        """Return one run by its number."""
         out = ffi.new("ps_run_info *")
         error = _new_error()
-        for index in range(space.first_run, space.first_run + space.run_count):
-            code = lib.ps_image_virtual_run(self._image, index, out, error)
-            _check(code, error, self.name)
-            yield _numbers(out, VirtualRun)
+        code = lib.ps_image_virtual_run(self._image, index, out, error)
+        _check(code, error, self.name)
+        return _numbers(out, VirtualRun)  # type: ignore[no-any-return]
 
     def mappings(
         self, block: int, page: int, at_most: int = 1024

@@ -185,6 +185,7 @@ def _properties(document: dict[str, Any]) -> list[tuple[str, object]]:
         pairs.append(("capabilities", ", ".join(document["capabilities"])))
     if document["hotplugged"]:
         pairs.append(("hotplugged", len(document["hotplugged"])))
+    pairs.append(("neighbours", document["neighbours"]))
     if document["pause"] is not None:
         pairs.append(("pause", f"{document['pause']:.3f} s"))
     return pairs

@@ -8,7 +8,7 @@ import itertools
 import sys
 from typing import TYPE_CHECKING, Any
 
-from qemu_pagesaver.cli.output import Output, printable, size
+from qemu_pagesaver.cli.output import Output, printable, properties, size, table
 
 if TYPE_CHECKING:
     import argparse
@@ -47,8 +47,20 @@ _ZERO = {True: "·", False: "."}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
     parser.add_argument("file", metavar="FILE", help="a snapshot or stream file")
-    parser.add_argument(
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
         "--block", metavar="NAME", help="only this RAM block, as `pc.ram`"
+    )
+    what.add_argument(
+        "--spaces",
+        action="store_true",
+        help="the guest's address spaces, with the pages that they map",
+    )
+    what.add_argument(
+        "--page",
+        metavar="ADDRESS",
+        type=_address,
+        help="one page by its guest-physical address: class, mappings, neighbours",
     )
     parser.add_argument(
         "--runs",
@@ -62,6 +74,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _address(text: str) -> int:
+    return int(text, 0)
+
+
 def run(args: argparse.Namespace, out: Output) -> int:
     """Open, count, draw."""
     return asyncio.run(_run(args, out))
@@ -72,6 +88,12 @@ async def _run(args: argparse.Namespace, out: Output) -> int:
     from qemu_pagesaver.convert import opened  # noqa: PLC0415
 
     async with opened(args.file, spool_dir=args.spool_dir, report=out) as snapshot:
+        if args.spaces:
+            _show_spaces(snapshot, out)
+            return 0
+        if args.page is not None:
+            _show_page(snapshot, args.page, out)
+            return 0
         regions = memory_map.regions(snapshot)
         if args.block is not None:
             regions = tuple(r for r in regions if r.block.name == args.block)
@@ -130,6 +152,63 @@ def _runs(snapshot: Snapshot, region: Region) -> list[list[int]]:
         if first < after:
             found.append([first, after - first, memory_map.class_of(each)])
     return found
+
+
+# ---------------------------------------------------------- address spaces
+
+
+def _show_spaces(snapshot: Snapshot, out: Output) -> None:
+    from rich.console import Group  # noqa: PLC0415
+
+    from qemu_pagesaver import address_spaces, info  # noqa: PLC0415
+
+    found = address_spaces.spaces(snapshot)
+    locality = snapshot.meta.locality
+    document = {
+        "file": str(snapshot.path),
+        "uuid": snapshot.uuid,
+        "spaces": found,
+        "locality": None if locality is None else dict(locality),
+    }
+    rows = [
+        (
+            space["index"],
+            space["kind"],
+            f"{space['root']:#x}",
+            size(space["bytes"]),
+            space["exclusive"],
+            space["shared"],
+            space["runs"],
+        )
+        for space in found
+    ]
+    columns = ("space", "kind", "root", "size", "exclusive", "shared", "runs")
+    shown = table(columns, rows, right=(0, 2, 3, 4, 5, 6))
+    out.result(document, Group(f"neighbours: {info.neighbours(snapshot)}", shown))
+
+
+def _show_page(snapshot: Snapshot, address: int, out: Output) -> None:
+    from rich.console import Group  # noqa: PLC0415
+
+    from qemu_pagesaver import address_spaces  # noqa: PLC0415
+
+    found = address_spaces.page(snapshot, address)
+    place = f"page {found['page']} of {printable(found['ram-block'])}"
+    pairs: list[tuple[str, object]] = [("page", place), ("class", found["class"])]
+    if found["canonical-page"] is not None:
+        pairs.append(("canonical page", found["canonical-page"]))
+    if found["note"]:
+        pairs.append(("note", found["note"]))
+    rows = [
+        (
+            mapping["space"],
+            f"{mapping['address']:#x}",
+            " ".join(str(page) for _, _, page in mapping["neighbours"]),
+        )
+        for mapping in found["mappings"]
+    ]
+    shown = table(("space", "mapped at", "neighbours"), rows, right=(0, 1))
+    out.result(found, Group(properties(pairs), shown))
 
 
 # ------------------------------------------------------------------ picture

@@ -22,7 +22,7 @@ LAYERS = (
     {"native", "qmp", "files", "devices", "control", "process", "command_line"},
     {"disks", "image", "image.slow", "migration", "placement", "postcopy", "snapshot"},
     {"memory_map"},
-    {"locality"},
+    {"address_spaces", "locality"},
     {"capture", "check", "convert", "guest", "info"},
     {"compare", "delivery", "host_validate"},
     {"save", "restore", "recover"},
