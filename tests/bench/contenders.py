@@ -30,11 +30,9 @@ class Source:
 def save_all(vm: Vm, directory: Path, *, templates: bool = True) -> Source:
     """Save one running redis guest by every way; it runs on afterwards."""
     source = Source(directory=directory, memory=vm.memory)
-    _stock_save(vm, source.file("stream"), {})
-    _stock_save(vm, source.file("mapped"), {"mapped-ram": True})
-    _stock_save(
-        vm, source.file("mapped-multifd"), {"mapped-ram": True, "multifd": True}
-    )
+    stock_save(vm, source.file("stream"), {})
+    stock_save(vm, source.file("mapped"), {"mapped-ram": True})
+    stock_save(vm, source.file("mapped-multifd"), {"mapped-ram": True, "multifd": True})
     for name, compression in (("ours.psnap", "zstd:3"), ("plain.psnap", "none")):
         qemu_pagesaver.save(
             vm.qmp_path, source.file(name), compression=compression, disks="none"
@@ -51,7 +49,8 @@ def set_capabilities(vm: Vm, states: dict[str, bool]) -> None:
     )
 
 
-def _stock_save(vm: Vm, path: Path, capabilities: dict[str, bool]) -> None:
+def stock_save(vm: Vm, path: Path, capabilities: dict[str, bool]) -> None:
+    """Save by QEMU itself to a file; the guest runs on."""
     set_capabilities(vm, capabilities)
     vm.qmp.command("migrate-set-parameters", max_bandwidth=1 << 40, multifd_channels=2)
     vm.qmp.command("migrate", uri=f"file:{path}")
