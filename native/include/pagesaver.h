@@ -189,8 +189,8 @@ int ps_saver_end(ps_saver *saver, ps_error *err);
 void ps_saver_stream_info(const ps_saver *saver, ps_stream_info *out);
 /* RAM blocks as the stream listed them; counts of pages are 0. */
 uint32_t ps_saver_block_count(const ps_saver *saver);
-int ps_saver_ram_block(const ps_saver *saver, uint32_t index,
-                       ps_ram_block *out, ps_error *err);
+int ps_saver_ram_block(const ps_saver *saver, uint32_t index, ps_ram_block *out,
+                       ps_error *err);
 /* The bytes of a section kept so far (PS_SECTION_CONFIGURATION, _DEVICES,
    _DESCRIPTION); valid until it is set or the saver destroyed. */
 int ps_saver_section(ps_saver *saver, uint32_t type, const uint8_t **data,
