@@ -157,6 +157,8 @@ static int take_request(ps_pager *pager, const ps_rp_message *message,
         (pager->urgent == &pager->main || pager->preempt_over)) {
         /* A zero page, asked for while END was on its way: QEMU reads no
            more, and wakes the waiter when it takes userfaultfd away. */
+        pager_trace(pager, ram->first + (message->start >> PS_PAGE_BITS),
+                    PS_TRACE_ZERO);
         return PS_OK;
     }
     request = &pager->requests[(pager->request_head + pager->request_count) %
@@ -279,7 +281,8 @@ static int answer_request(ps_pager *pager, struct channel *channel,
     if (page >= request->end) {
         if (!request->answered) {
             ps_counter_add(&pager->stats.faults_late, 1);
-            pager_trace_late(pager, ram->first + page - ram->host_pages);
+            pager_trace(pager, ram->first + page - ram->host_pages,
+                        PS_TRACE_LATE);
         }
         return PS_OK;
     }
@@ -303,6 +306,8 @@ static int answer_request(ps_pager *pager, struct channel *channel,
     pager_submit(pager, channel);
     if (ram->host_pages == 1) {
         pager_plan_prefetch(pager, ram->first + page);
+    } else {
+        pager_trace(pager, ram->first + page, 0);
     }
     return PS_OK;
 }
@@ -748,6 +753,7 @@ int ps_pager_run(ps_pager *pager, ps_error *err)
     if (r) {
         set_state(pager, PS_PAGER_FAILED);
     }
+    pager_end_prefetch(pager);
     ps_trace_flush(&pager->trace);
     helper = ps_read_ahead_destroy(pager->ahead);
     pager->ahead = NULL;

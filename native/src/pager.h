@@ -31,7 +31,7 @@
 /* QEMU has as many requests under way as it has threads that can fault. */
 #define REQUESTS 1024u
 #define WINDOWS 4u
-#define PENDING 64u
+#define PENDING 1024u
 /* More is a second background, not a neighbourhood. */
 #define PS_MAX_WINDOW 256u
 /* criu's ramp: lazy-pages grows its chunk while nobody faults. */
@@ -338,8 +338,10 @@ int pager_init_prefetch(ps_pager *pager, ps_error *err);
 void pager_deinit_prefetch(ps_pager *pager);
 /* The page was asked for and is with the socket. */
 void pager_plan_prefetch(ps_pager *pager, uint64_t global);
-/* It was asked for and is on its way already. */
-void pager_trace_late(ps_pager *pager, uint64_t global);
+/* It was asked for, and nothing is to follow it. */
+void pager_trace(ps_pager *pager, uint64_t global, uint8_t flags);
+/* Nothing is sent any more. */
+void pager_end_prefetch(ps_pager *pager);
 bool pager_prefetch_pending(const ps_pager *pager);
 /* One batch, of so many pages at most. */
 int pager_send_prefetch(ps_pager *pager, uint64_t pages, ps_error *err);

@@ -43,6 +43,27 @@ struct cursor {
     ps_format_run run;
 };
 
+void pager_trace(ps_pager *pager, uint64_t global, uint8_t flags)
+{
+    ps_trace_add(&pager->trace, &(ps_trace_record){
+                                    .time = pager->now - pager->began,
+                                    .address = UINT64_MAX,
+                                    .page = (uint32_t)global,
+                                    .space = UINT32_MAX,
+                                    .kind = PS_TRACE_NONE8,
+                                    .flags = flags,
+                                });
+}
+
+static uint64_t take_pending(struct prefetch *prefetch)
+{
+    uint64_t global = prefetch->pending[prefetch->pending_head];
+
+    prefetch->pending_head = (prefetch->pending_head + 1) % PENDING;
+    prefetch->pending_count--;
+    return global;
+}
+
 void pager_plan_prefetch(ps_pager *pager, uint64_t global)
 {
     struct prefetch *prefetch = &pager->prefetch;
@@ -51,8 +72,7 @@ void pager_plan_prefetch(ps_pager *pager, uint64_t global)
         return;
     }
     if (prefetch->pending_count == PENDING) {
-        prefetch->pending_head = (prefetch->pending_head + 1) % PENDING;
-        prefetch->pending_count--;
+        pager_trace(pager, take_pending(prefetch), 0);
     }
     prefetch->pending[(prefetch->pending_head + prefetch->pending_count++) %
                       PENDING] = (uint32_t)global;
@@ -392,11 +412,7 @@ int pager_send_prefetch(ps_pager *pager, uint64_t pages, ps_error *err)
     int r = PS_OK;
 
     while (!r && prefetch->pending_count > 0) {
-        uint32_t global = prefetch->pending[prefetch->pending_head];
-
-        prefetch->pending_head = (prefetch->pending_head + 1) % PENDING;
-        prefetch->pending_count--;
-        r = plan(pager, global, err);
+        r = plan(pager, take_pending(prefetch), err);
     }
     if (r || prefetch->count == 0) {
         return r;
@@ -409,18 +425,6 @@ int pager_send_prefetch(ps_pager *pager, uint64_t pages, ps_error *err)
     return r;
 }
 
-void pager_trace_late(ps_pager *pager, uint64_t global)
-{
-    ps_trace_add(&pager->trace, &(ps_trace_record){
-                                    .time = pager->now - pager->began,
-                                    .address = UINT64_MAX,
-                                    .page = (uint32_t)global,
-                                    .space = UINT32_MAX,
-                                    .kind = PS_TRACE_NONE8,
-                                    .flags = PS_TRACE_LATE,
-                                });
-}
-
 int pager_init_prefetch(ps_pager *pager, ps_error *err)
 {
     uint32_t largest = pager->options.prefetch_window;
@@ -431,6 +435,13 @@ int pager_init_prefetch(ps_pager *pager, ps_error *err)
     return ps_predictor_init(&prefetch->predictor,
                              largest < PS_MAX_WINDOW ? largest : PS_MAX_WINDOW,
                              err);
+}
+
+void pager_end_prefetch(ps_pager *pager)
+{
+    while (pager->prefetch.pending_count > 0) {
+        pager_trace(pager, take_pending(&pager->prefetch), 0);
+    }
 }
 
 void pager_deinit_prefetch(ps_pager *pager)

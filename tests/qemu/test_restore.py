@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import qemu_pagesaver
+from qemu_pagesaver import errors
 from tests.conftest import Vms
 from tests.support import qemus
 from tests.support.qemus import Qemu
@@ -109,7 +111,8 @@ def test_it_is_the_same_guest(start: Start, runtime: Path) -> None:
     "options",
     [
         ("--background", "off", "--prefetch", "none"),
-        ("--background", "off", "--prefetch-window", "63"),
+        ("--background", "off", "--prefetch", "physical", "--prefetch-window", "63"),
+        ("--background", "off", "--prefetch", "virtual"),
         ("--background", "4M", "--place", "off"),
         ("--preempt", "on"),
         ("--background", "off", "--preempt", "on"),
@@ -131,6 +134,44 @@ def test_on_demand(start: Start, runtime: Path, options: tuple[str, ...]) -> Non
         assert document["pages-sent"]["prefetched"] == 0
     check(restoring.console)
     assert left(runtime) == []
+
+
+def test_trace(start: Start, runtime: Path, disk_path: Path) -> None:
+    trace = disk_path / "trace"
+    restoring = start("--background", "off", "--trace", str(trace)).wait_running()
+    check(restoring.console)
+    assert cli("finish", str(restoring.pid), runtime=runtime).returncode == 0
+    document = restoring.finish()
+    data = trace.read_bytes()
+    assert data[:8] == b"PSTRACE\n"
+    assert struct.unpack_from("<II", data, 8) == (1, 32)
+    assert data[16:32].hex() == document["uuid"].replace("-", "")
+    assert trace.stat().st_mode & 0o777 == 0o600
+    records = list(struct.iter_unpack("<QQIIhHBBH", data[64:]))
+    assert len(records) == document["faults"]
+    times = [record[0] for record in records]
+    assert times == sorted(times)
+    assert all(record[8] == 0 for record in records)
+    # A 32-bit guest: no address spaces are known.
+    assert {record[6] for record in records} <= {1, 2, 255}
+    assert {record[3] for record in records} == {0xFFFF_FFFF}
+    late = sum(record[7] & 1 for record in records)
+    assert late == document["faults-late"]
+    # It is never overwritten, and that is known before anything starts.
+    code, error, _ = start("--trace", str(trace)).end()
+    assert code == errors.TargetExists.exit_code
+    assert str(trace) in error["message"]
+    assert trace.read_bytes() == data
+
+
+def test_a_guest_without_address_spaces(saved: Saved, runtime: Path) -> None:
+    """Still in its firmware, 32 bits, or paging is off: said once, no error."""
+    done = cli("--json", "info", str(saved.running), runtime=runtime)
+    document = json.loads(done.stdout)
+    assert document["neighbours"].startswith("physical: ")
+    assert document["locality"]["note"]
+    done = cli("--json", "map", "--spaces", str(saved.running), runtime=runtime)
+    assert json.loads(done.stdout)["spaces"] == []
 
 
 def test_zero_pages_are_not_sent(start: Start) -> None:
