@@ -206,6 +206,13 @@ def test_linux_with_6_gib(board: Board, vms: Vms, disk_path: Path) -> None:
                 address, block = part.address(page), part.region.block.index
                 content = snapshot.image.read_pages(block, page, 1)
                 assert vm.physical_memory(address, PAGE_SIZE) == content, hex(address)
+        # The guest's page tables were found and followed through that.
+        found = snapshot.meta.locality
+        assert found is not None
+        assert found["mode"].startswith(board.architecture.name.replace("_", "-"))
+        assert found["note"] is None
+        assert found["address-spaces"] > 1
+        assert found["placed"]["user"] > 100
     assert vm.memory_bytes() < GIB
 
 
