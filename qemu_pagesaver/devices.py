@@ -126,6 +126,9 @@ class Device:
     def field(self, path: str) -> Field:
         """Return a field by name: ``env.cr[3]``, ``vqs[0].num``, ``env.regs``.
 
+        QEMU calls a part of an array like the whole, without saying where it
+        begins (``env.vfp.xregs`` of an Arm CPU); of equal names the first counts.
+
         Raises:
             KeyError: There is no such field.
         """

@@ -100,7 +100,7 @@ async def host_validate_async(
                 name="qemu",
                 state="lacking",
                 text=f"no qemu-system-{platform.machine()} in PATH",
-                remedy="apt-get install qemu-system-x86, or --qemu BINARY",
+                remedy=f"apt-get install {_package()}, or --qemu BINARY",
             )
         )
     for binary in binaries:
@@ -337,6 +337,12 @@ def _binaries() -> list[str]:
     if libexec.exists():
         found.append(str(libexec))
     return found
+
+
+def _package() -> str:
+    """Return the Debian package of this machine's QEMU."""
+    families = {"aarch64": "arm", "x86_64": "x86", "s390x": "s390x"}
+    return f"qemu-system-{families.get(platform.machine(), 'misc')}"
 
 
 async def _qemu(binary: str) -> Finding:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -10,9 +12,10 @@ from typing import TYPE_CHECKING, Protocol
 from qemu_pagesaver import devices as device_state
 from qemu_pagesaver import errors
 from qemu_pagesaver.native import PAGE_SIZE, Image, PageClass, RamBlock, Run
+from qemu_pagesaver.option_string import OptionString
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from qemu_pagesaver.snapshot import Meta, Snapshot
 
@@ -22,8 +25,13 @@ CLASSES = ("absent", "zero", "fill", "data", "shared")
 _SHARED = 4
 
 _4_GIB = 1 << 32
-_VIRT_RAM = 1 << 30  # hw/arm/virt.c and hw/riscv/virt.c differ:
-_RISCV_RAM = 1 << 31
+# Boards called `virt` whose memory has no hole: hw/arm/virt.c, hw/riscv/virt.c.
+_CONTIGUOUS = (
+    (("aarch64", "arm"), "mach-virt.ram", 1 << 30),
+    (("riscv64", "riscv32"), "riscv_virt_board.ram", 1 << 31),
+)
+_MACHINE = ("-machine", "--machine", "-M", "--M")
+_NUMA = ("-numa", "--numa")
 
 
 class Guest(Protocol):
@@ -115,31 +123,73 @@ def main_memory(guest: Guest) -> tuple[Region, ...]:
 
 
 def _placed(guest: Guest) -> Iterator[Region]:
-    blocks = {block.name: block for block in guest.ram_blocks}
+    """Yield where the main memory is, if the machine's state tells it.
+
+    Memory that a board moves above 1 TiB (an AMD CPU's, hw/i386/pc.c) is not known
+    by the stream to be there.
+    """
     machine = guest.machine or ""
-    pc = blocks.get("pc.ram")
-    if pc is not None and machine.startswith(("pc-", "pc", "q35")):
-        below = _below_4g(guest, pc.length)
-        if below is None:
+    if machine.startswith(("pc", "q35")):
+        main = _blocks(guest, "pc.ram")
+        length = sum(block.length for block in main)
+        below = _below_4g(guest, length)
+        if below is not None:
+            yield from _spread(main, (0, below), (_4_GIB, length - below))
+        return
+    if not machine.startswith("virt"):
+        return
+    names = {block.name for block in guest.ram_blocks}
+    for architectures, name, address in _CONTIGUOUS:
+        if name in names or guest.meta.architecture in architectures:
+            main = _blocks(guest, name)
+            yield from _spread(main, (address, sum(block.length for block in main)))
             return
-        yield Region(block=pc, first=0, pages=below // PAGE_SIZE, address=0)
-        if below < pc.length:
+
+
+def _spread(main: Sequence[RamBlock], *ranges: tuple[int, int]) -> Iterator[Region]:
+    """Yield blocks, one behind the other, cut into ranges of address and bytes."""
+    blocks = iter(main)
+    block, at = next(blocks, None), 0
+    for address, length in ranges:
+        done = 0
+        while block is not None and done < length:
+            part = min(length - done, block.length - at)
             yield Region(
-                block=pc,
-                first=below // PAGE_SIZE,
-                pages=(pc.length - below) // PAGE_SIZE,
-                address=_4_GIB,
+                block=block,
+                first=at // PAGE_SIZE,
+                pages=part // PAGE_SIZE,
+                address=address + done,
             )
-    arm = blocks.get("mach-virt.ram")
-    if arm is not None and machine.startswith("virt"):
-        yield Region(
-            block=arm, first=0, pages=arm.length // PAGE_SIZE, address=_VIRT_RAM
-        )
-    riscv = blocks.get("riscv_virt_board.ram")
-    if riscv is not None:
-        yield Region(
-            block=riscv, first=0, pages=riscv.length // PAGE_SIZE, address=_RISCV_RAM
-        )
+            done, at = done + part, at + part
+            if at == block.length:
+                block, at = next(blocks, None), 0
+
+
+def _blocks(guest: Guest, name: str) -> list[RamBlock]:
+    """Return the blocks of the main memory in order: the board's, or the user's.
+
+    The user gives one by ``-machine memory-backend=ID`` or one for each node by
+    ``-numa node,memdev=ID`` (hw/core/numa.c joins them by the nodes' numbers).
+    Empty where a stream was imported and no command line tells.
+    """
+    blocks = {block.name: block for block in guest.ram_blocks}
+    if name in blocks:
+        return [blocks[name]]
+    nodes: dict[int, str] = {}
+    backend = ""
+    for option, text in itertools.pairwise(guest.meta.command_line or ()):
+        with contextlib.suppress(ValueError):
+            values = OptionString.parse(text, implied="type")
+            if option in _MACHINE:
+                backend = values.get("memory-backend") or backend
+            elif option in _NUMA and values.get("memdev"):
+                number = int(values.get("nodeid") or len(nodes))
+                nodes[number] = values.get("memdev")
+    named = [backend] if backend else [nodes[number] for number in sorted(nodes)]
+    # A backend of an older machine type is called by its place.
+    found = [blocks.get(each) or blocks.get(f"/objects/{each}") for each in named]
+    known = {block.index: block for block in found if block is not None}
+    return list(known.values()) if len(known) == len(named) else []
 
 
 def _below_4g(guest: Guest, length: int) -> int | None:
@@ -162,4 +212,4 @@ def _below_4g(guest: Guest, length: int) -> int | None:
     if not above and length < _4_GIB:
         return length
     below = (between << 16) + (16 << 20)
-    return below if below + above == length and not below % PAGE_SIZE else None
+    return below if below + above == length and below <= _4_GIB else None

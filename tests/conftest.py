@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import qemus
-from tests.support.qemus import Qemu
+from tests.support.qemus import AARCH64, X86_64, Platform, Qemu
 from tests.support.redisguests import RedisGuests
 from tests.support.vm import Vm, private_directory
 
@@ -25,6 +25,19 @@ def qemu(request: pytest.FixtureRequest) -> Qemu:
 @pytest.fixture
 def newest_qemu() -> Qemu:
     return qemus.get(qemus.NEWEST)
+
+
+@pytest.fixture(
+    params=[
+        *((version, X86_64) for version in qemus.VERSIONS),
+        (qemus.NEWEST, AARCH64),
+    ],
+    ids=lambda param: f"qemu-{param[0]}-{param[1].name}",
+)
+def platform(request: pytest.FixtureRequest) -> Platform:
+    """Each QEMU version with x86-64 guests, the newest also with aarch64 ones."""
+    version, architecture = request.param
+    return Platform(qemus.get(version), architecture)
 
 
 @pytest.fixture
@@ -66,12 +79,6 @@ def vms() -> Iterator[Vms]:
 def pattern_vm(qemu: Qemu, vms: Vms) -> Vm:
     """The pattern guest, 128 MiB, at its ready line."""
     return vms.start(Vm(qemu, "pattern"))
-
-
-@pytest.fixture
-def busybox_vm(qemu: Qemu, vms: Vms) -> Vm:
-    """Linux with busybox, 256 MiB, at its shell."""
-    return vms.start(Vm(qemu, "busybox"))
 
 
 @pytest.fixture(scope="session")

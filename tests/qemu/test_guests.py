@@ -11,7 +11,7 @@ from tests.conftest import Vms
 from tests.support import pattern
 from tests.support.console import GuestError
 from tests.support.pattern import Control, content
-from tests.support.qemus import Qemu
+from tests.support.qemus import Platform, Qemu
 from tests.support.redisclient import VALUE_SIZE, keys_for, value
 from tests.support.redisguests import RedisGuests
 from tests.support.vm import Vm
@@ -102,9 +102,9 @@ def test_pattern_on_q35(newest_qemu: Qemu, vms: Vms) -> None:
     guest.check(1, 0, 10)
 
 
-def test_busybox_shell(busybox_vm: Vm) -> None:
-    shell = busybox_vm.shell
-    assert shell.run("uname -s") == "Linux"
+def test_busybox_shell(platform: Platform, vms: Vms) -> None:
+    shell = vms.start(Vm(platform.qemu, platform.guest("busybox"))).shell
+    assert shell.run("uname -sm") == f"Linux {platform.architecture.name}"
     shell.run("nonce=abc; echo kept > /tmp/file")
     assert shell.run('echo "$nonce" "$(cat /tmp/file)"') == "abc kept"
     assert shell.run("printf 'no newline'") == "no newline"
@@ -116,10 +116,11 @@ def test_busybox_shell(busybox_vm: Vm) -> None:
 
 
 def test_redis_loaded_and_read_back(
-    qemu: Qemu, vms: Vms, redis_guests: RedisGuests
+    platform: Platform, vms: Vms, redis_guests: RedisGuests
 ) -> None:
     megabytes = 20
-    vm = vms.add(Vm(qemu, "redis", memory=512, incoming=True))
+    guest = platform.guest("redis")
+    vm = vms.add(Vm(platform.qemu, guest, memory=512, incoming=True))
     redis_guests.start(vm, megabytes=megabytes)
     keys = keys_for(megabytes)
     with vm.redis() as redis:

@@ -128,12 +128,17 @@ class Restoring:
         return int(self.running["pid"])
 
     @property
+    def serial_path(self) -> Path:
+        """The serial line's socket, wherever it was moved to."""
+        assert self.running is not None, "not running"
+        (path,) = self.running["sockets"].values()
+        return Path(path)
+
+    @property
     def console(self) -> PatternConsole:
-        """The serial line, wherever it was moved to."""
+        """The serial line of the pattern guest."""
         if self._console is None:
-            assert self.running is not None, "not running"
-            (path,) = self.running["sockets"].values()
-            self._console = PatternConsole(Path(path))
+            self._console = PatternConsole(self.serial_path)
         return self._console
 
     @property

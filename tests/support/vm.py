@@ -50,7 +50,7 @@ class Vm:
         guest: str,
         *,
         memory: int | None = None,
-        machine: str = "pc",
+        machine: str | None = None,
         smp: int = 1,
         network: bool | None = None,
         writable_disk: bool | Path = False,
@@ -62,17 +62,20 @@ class Vm:
     ) -> None:
         """Describe; `start` runs it.
 
-        memory: MiB. network: slirp and a virtio-net device (default: where the
-        guest has a driver). writable_disk: the root disk is writable, on a fresh
-        qcow2 overlay or on the one given. command: replaces the arguments.
+        memory: MiB. machine: the usual one of its architecture. network: slirp and
+        a virtio-net device (default: where the guest has a driver). writable_disk:
+        the root disk is writable, on a fresh qcow2 overlay or on the one given.
+        command: replaces the arguments.
         """
         self.qemu = qemu
         self.files: GuestFiles = guest_files(guest)
         self.guest = guest
-        self.memory = memory or {"pattern": 128, "busybox": 256, "redis": 2048}[guest]
-        self.machine = machine
+        kind, architecture = self.files.kind, self.files.architecture
+        self.system = qemu.system_for(architecture)
+        self.memory = memory or {"pattern": 128, "busybox": 256, "redis": 2048}[kind]
+        self.machine = machine or architecture.machine
         self.smp = smp
-        self.network = guest != "pattern" if network is None else network
+        self.network = kind != "pattern" if network is None else network
         self.writable_disk = writable_disk
         self.incoming = incoming
         self.paused = paused
@@ -83,7 +86,7 @@ class Vm:
         self.own_qmp_path = self.directory / "own-qmp" if own_monitor else self.qmp_path
         self.serial_path = self.directory / "serial"
         self.log_path = self.directory / "log"
-        self.redis_port = free_port() if guest == "redis" else None
+        self.redis_port = free_port() if kind == "redis" else None
         self._command = command
         self._process: subprocess.Popen[bytes] | None = None
         self._qmp: Qmp | None = None
@@ -107,8 +110,9 @@ class Vm:
         if self._command is not None:
             return list(self._command)
         arguments = [
-            *(str(self.qemu.system), "-name", f"{self.guest},debug-threads=on"),
-            *("-machine", self.machine, "-accel", "tcg", "-nodefaults"),
+            *(str(self.system), "-name", f"{self.guest},debug-threads=on"),
+            *("-machine", self.machine, *self.files.architecture.options),
+            *("-accel", "tcg", "-nodefaults"),
             *("-display", "none", "-m", f"{self.memory}M", "-smp", str(self.smp)),
             *("-qmp", f"unix:{self.qmp_path},server=on,wait=off"),
             *("-chardev", f"{_SERIAL},path={self.serial_path}"),
@@ -134,7 +138,7 @@ class Vm:
         return arguments
 
     def _append(self) -> str:
-        append = "console=ttyS0 quiet loglevel=1 panic=-1"
+        append = f"console={self.files.architecture.serial} quiet loglevel=1 panic=-1"
         if self.files.disk:
             append += " guest.root=" + ("rw" if self.writable_disk else "overlay")
         return append
@@ -242,7 +246,7 @@ class Vm:
     @property
     def console(self) -> Console:
         if self._console is None:
-            kind = PatternConsole if self.guest == "pattern" else ShellConsole
+            kind = PatternConsole if self.files.kind == "pattern" else ShellConsole
             self._console = kind(self.serial_path)
         return self._console
 

@@ -65,6 +65,7 @@ def test_paused_guests_get_s_once() -> None:
 
 # Each: recorded arguments, started arguments.
 KEPT = [
+    ["-cpu", "cortex-a57", "-smbios", "type=1,serial=0", "-dtb", "/boot/virt.dtb"],
     ["-m", "1G", "-smp", "2,maxcpus=4", "-cpu", "host,+x2apic", "-accel", "kvm"],
     ["--nodefaults", "-no-reboot"],
     ["-append", "console=ttyS0 password=x,y {z root=/dev/vda"],
@@ -93,6 +94,12 @@ def test_kept_byte_for_byte(argv: list[str]) -> None:
     expected = [argv[0].replace("--", "-"), *argv[1:]]
     assert list(result.argv[1 : 1 + len(argv)]) == expected
     assert result.changes == ()
+
+
+def test_an_arm_machine() -> None:
+    arguments = ["-M", "virt,gic-version=3,highmem=off", "-cpu", "cortex-a57"]
+    expected = ["-M", "virt-10.0,gic-version=3,highmem=off", "-cpu", "cortex-a57"]
+    assert started(*arguments, machine="virt-10.0") == expected
 
 
 UNIX = "server=on,wait=off"

@@ -226,6 +226,9 @@ def test_find_by_name_and_instance() -> None:
         with pytest.raises(KeyError):
             devices.find(found, name, instance)
     assert devices.architecture(found) == "x86_64"
+    arm = State("cpu", 22).numbers("env.regs", "uint32", range(16))
+    arm.numbers("env.xregs", "uint64", range(32))
+    assert devices.architecture((one(arm),)) == "aarch64"
 
 
 def test_machine_name() -> None:
