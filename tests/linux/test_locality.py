@@ -9,7 +9,9 @@ import shlex
 import subprocess
 import sys
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -94,15 +96,36 @@ def mapped(
     return found
 
 
-@pytest.mark.parametrize("machine", ["pc", "q35"])
+GUESTS = (
+    ("redis", "pc", 512),
+    ("redis", "q35", 512),
+    ("redis", "pc", 6 * 1024),
+    ("redis-arm64", "virt", 512),
+    ("redis-arm64", "virt", 6 * 1024),
+)
+
+
+@pytest.mark.parametrize("guest", GUESTS, ids=lambda g: "-".join(map(str, g)))
 def test_spaces_are_the_processes(
-    newest_qemu: Qemu, vms: Vms, disk_path: Path, machine: str
+    newest_qemu: Qemu, vms: Vms, disk_path: Path, guest: tuple[str, str, int]
 ) -> None:
-    vm = vms.start(Vm(newest_qemu, "redis", memory=512, machine=machine))
+    name, machine, memory = guest
+    vm = vms.start(Vm(newest_qemu, name, memory=memory, machine=machine))
     check_spaces(vm, disk_path / "guest.psnap")
 
 
-def check_spaces(vm: Vm, file: Path) -> None:
+def test_paired_tables_of_five_levels(
+    newest_qemu: Qemu, vms: Vms, disk_path: Path
+) -> None:
+    """Page-table isolation doubles every top table; a process counts once."""
+    vm = Vm(newest_qemu, "redis", memory=512, append="pti=on", extra=("-cpu", "max"))
+    vms.start(vm)
+    locality = check_spaces(vm, disk_path / "guest.psnap")
+    assert locality["mode"] == "x86-64, 5 levels"
+    assert locality["candidates"]["pairs"] == locality["candidates"]["live"]
+
+
+def check_spaces(vm: Vm, file: Path) -> Mapping[str, Any]:
     run_python(vm, CHURN)
     expected = processes(vm)
     qemu_pagesaver.save(vm.qmp_path, file, disks="none")
@@ -137,6 +160,7 @@ def check_spaces(vm: Vm, file: Path) -> None:
     print(f"{len(expected)} processes, {locality}")
     assert known > 0.75 * live  # a small guest: much of it is slab
     show(file, len(spaces))
+    return locality
 
 
 def show(file: Path, count: int) -> None:

@@ -58,6 +58,7 @@ class Vm:
         paused: bool = False,
         own_monitor: bool = True,
         extra: Sequence[str] = (),
+        append: str = "",
         command: Sequence[str] | None = None,
     ) -> None:
         """Describe; `start` runs it.
@@ -81,6 +82,7 @@ class Vm:
         self.paused = paused
         self.own_monitor = own_monitor
         self.extra = list(extra)
+        self.append = append
         self.directory = private_directory()
         self.qmp_path = self.directory / "qmp"
         self.own_qmp_path = self.directory / "own-qmp" if own_monitor else self.qmp_path
@@ -141,6 +143,8 @@ class Vm:
         append = f"console={self.files.architecture.serial} quiet loglevel=1 panic=-1"
         if self.files.disk:
             append += " guest.root=" + ("rw" if self.writable_disk else "overlay")
+        if self.append:
+            append += f" {self.append}"
         return append
 
     def _netdev(self) -> str:
