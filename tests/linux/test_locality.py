@@ -94,11 +94,13 @@ def mapped(
     return found
 
 
-@pytest.mark.parametrize("machine", ["pc", "q35"])
+@pytest.mark.parametrize(
+    ("guest", "machine"), [("redis", "pc"), ("redis", "q35"), ("redis-arm64", "virt")]
+)
 def test_spaces_are_the_processes(
-    newest_qemu: Qemu, vms: Vms, disk_path: Path, machine: str
+    newest_qemu: Qemu, vms: Vms, disk_path: Path, guest: str, machine: str
 ) -> None:
-    vm = vms.start(Vm(newest_qemu, "redis", memory=512, machine=machine))
+    vm = vms.start(Vm(newest_qemu, guest, memory=512, machine=machine))
     check_spaces(vm, disk_path / "guest.psnap")
 
 
