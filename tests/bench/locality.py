@@ -26,8 +26,8 @@ from . import page_cache, slow_storage
 from .contenders import Contender, Ours, Source, Stock, stock_save
 from .figures import Table
 
-MODES = ("none", "physical")
-WINDOW = 15
+MODES = ("none", "physical", "virtual")
+WINDOW = 64
 MEMORY = 2304  # MiB
 HEAP_MIB = 300
 TURN_MIB, TURN_PAGES = 64, 64
