@@ -445,7 +445,10 @@ static int send_unasked(ps_pager *pager, bool *more, ps_error *err)
     if (!something_to_send(pager)) {
         return PS_OK;
     }
-    r = look_for_requests(pager, more, err);
+    r = pager_plan_windows(pager, err);
+    if (!r && !pager_prefetch_urgent(pager)) {
+        r = look_for_requests(pager, more, err);
+    }
     if (r || *more || !something_to_send(pager)) {
         return r;
     }

@@ -103,6 +103,7 @@ struct channel {
 struct window {
     uint64_t record; /* of the predictor */
     uint32_t kind;   /* a ps_prefetch_kind */
+    bool urgent; /* the guest goes where it leads: a batch before all else */
     uint32_t count;
     uint32_t next;
     uint32_t pages[PS_MAX_WINDOW]; /* global */
@@ -343,6 +344,10 @@ void pager_trace(ps_pager *pager, uint64_t global, uint8_t flags);
 /* Nothing is sent any more. */
 void pager_end_prefetch(ps_pager *pager);
 bool pager_prefetch_pending(const ps_pager *pager);
+/* Look at the faults since the last call. */
+int pager_plan_windows(ps_pager *pager, ps_error *err);
+/* Is the newest window one whose first pages go before anything else? */
+bool pager_prefetch_urgent(const ps_pager *pager);
 /* One batch, of so many pages at most. */
 int pager_send_prefetch(ps_pager *pager, uint64_t pages, ps_error *err);
 

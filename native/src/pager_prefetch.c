@@ -21,6 +21,8 @@
 #define RUN_STEPS 160u
 /* Places that are looked at for each page that is to be sent. */
 #define LOOKS 4u
+/* Pages that may go before a request is looked for: 46 us of QEMU's time. */
+#define URGENT_PAGES 16u
 /* A raw block is read whole for a window of so many pages. */
 #define WHOLE 4u
 
@@ -269,6 +271,30 @@ static struct window *push_window(struct prefetch *prefetch)
     return &prefetch->windows[prefetch->top];
 }
 
+/* A fault inside a window that waits: it is right. The newest from here on;
+   false: it does not wait any more. */
+static bool trust_window(struct prefetch *prefetch, uint64_t record)
+{
+    for (uint32_t i = 0; i < prefetch->count; i++) {
+        uint32_t at = (prefetch->top + WINDOWS - i) % WINDOWS;
+
+        if (prefetch->windows[at].record == record) {
+            struct window window = prefetch->windows[at];
+
+            for (; i > 0; i--) {
+                uint32_t above = (at + 1) % WINDOWS;
+
+                prefetch->windows[at] = prefetch->windows[above];
+                at = above;
+            }
+            window.urgent = true;
+            prefetch->windows[at] = window;
+            return true;
+        }
+    }
+    return false;
+}
+
 static void pop_window(struct prefetch *prefetch)
 {
     prefetch->top = (prefetch->top + WINDOWS - 1) % WINDOWS;
@@ -329,8 +355,16 @@ static int plan(ps_pager *pager, uint64_t global, ps_error *err)
                        right->sent);
     }
     if (prediction.covered) {
-        trace_fault(pager, global, entry, &place, &prediction, 0);
-        return PS_OK;
+        if (trust_window(prefetch, prediction.by) ||
+            ps_predictor_was_sent(&prefetch->predictor, prediction.by) > 0) {
+            trace_fault(pager, global, entry, &place, &prediction, 0);
+            return PS_OK;
+        }
+        /* It had to give way: once more, from here. */
+        prediction.pages = URGENT_PAGES < prefetch->predictor.largest
+                               ? URGENT_PAGES
+                               : prefetch->predictor.largest;
+        prediction.confirms = true;
     }
     window = push_window(prefetch);
     cursor = place;
@@ -343,6 +377,7 @@ static int plan(ps_pager *pager, uint64_t global, ps_error *err)
         pop_window(prefetch);
         return r;
     }
+    window->urgent = prediction.confirms;
     window->record =
         ps_predictor_window(&prefetch->predictor, place.line, place.at,
                             &prediction, cursor.at, place.kind);
@@ -405,19 +440,42 @@ static int send_window(ps_pager *pager, struct window *window, uint64_t pages,
     return PS_OK;
 }
 
+int pager_plan_windows(ps_pager *pager, ps_error *err)
+{
+    int r = PS_OK;
+
+    while (!r && pager->prefetch.pending_count > 0) {
+        r = plan(pager, take_pending(&pager->prefetch), err);
+    }
+    return r;
+}
+
+/*
+ * A guest that walks faults again as soon as it has its page, so there would
+ * always be a request that goes first, and no window would ever be sent. What
+ * that request is for is the window's first page.
+ */
+bool pager_prefetch_urgent(const ps_pager *pager)
+{
+    const struct prefetch *prefetch = &pager->prefetch;
+    const struct window *window = &prefetch->windows[prefetch->top];
+
+    return prefetch->count > 0 && window->urgent;
+}
+
 int pager_send_prefetch(ps_pager *pager, uint64_t pages, ps_error *err)
 {
     struct prefetch *prefetch = &pager->prefetch;
-    struct window *window;
-    int r = PS_OK;
+    struct window *window = &prefetch->windows[prefetch->top];
+    int r;
 
-    while (!r && prefetch->pending_count > 0) {
-        r = plan(pager, take_pending(prefetch), err);
+    if (prefetch->count == 0) {
+        return PS_OK;
     }
-    if (r || prefetch->count == 0) {
-        return r;
+    if (window->urgent && pages > URGENT_PAGES) {
+        pages = URGENT_PAGES;
     }
-    window = &prefetch->windows[prefetch->top];
+    window->urgent = false;
     r = send_window(pager, window, pages, err);
     if (!r && window->next == window->count) {
         pop_window(prefetch);

@@ -187,6 +187,7 @@ ps_prediction ps_predictor_fault(ps_predictor *predictor, uint64_t line,
             clamp(predictor, twice < SMALLEST ? SMALLEST : twice);
     } else if (covers(slot, at)) {
         prediction.covered = true;
+        prediction.by = slot->record;
     } else if (delta == slot->delta && (delta > 1 || delta < -1) &&
                delta <= LONGEST_STRIDE && delta >= -LONGEST_STRIDE) {
         prediction.stride = delta;
@@ -238,6 +239,7 @@ uint64_t ps_predictor_window(ps_predictor *predictor, uint64_t line,
     if (prediction->pages > 0) {
         bool forward = prediction->stride > 0;
 
+        slot->record = number;
         slot->every =
             (uint64_t)(forward ? prediction->stride : -prediction->stride);
         slot->from = forward ? at : ahead + slot->every;
@@ -247,6 +249,14 @@ uint64_t ps_predictor_window(ps_predictor *predictor, uint64_t line,
         give_up(predictor, number - PATIENCE);
     }
     return number;
+}
+
+uint32_t ps_predictor_was_sent(const ps_predictor *predictor, uint64_t number)
+{
+    const struct ps_prediction_record *record =
+        &predictor->records[number % PS_PREDICTOR_RECORDS];
+
+    return record->number == number ? record->sent : 0;
 }
 
 void ps_predictor_sent(ps_predictor *predictor, uint64_t number, uint32_t pages)

@@ -31,6 +31,7 @@ typedef struct ps_prediction {
     uint32_t pages; /* 0: nothing */
     bool confirms;  /* an earlier window ended here */
     bool covered; /* a window on its way brings what follows: leave no record */
+    uint64_t by;  /* number of the record of that window */
 } ps_prediction;
 
 struct ps_prediction_record {
@@ -53,8 +54,9 @@ struct ps_prediction_line {
     int64_t delta; /* from the one before that */
     uint64_t from; /* the window sent last: places from .. to */
     uint64_t to;
-    uint64_t every; /* of them one in so many */
-    double right;   /* how many of its windows are right, 0..1 */
+    uint64_t every;  /* of them one in so many */
+    uint64_t record; /* its number */
+    double right;    /* how many of its windows are right, 0..1 */
 };
 
 struct ps_prediction_region {
@@ -89,6 +91,8 @@ ps_prediction ps_predictor_fault(ps_predictor *predictor, uint64_t line,
 uint64_t ps_predictor_window(ps_predictor *predictor, uint64_t line,
                              uint64_t at, const ps_prediction *prediction,
                              uint64_t ahead, uint32_t kind);
+/* How many pages of a window were sent; 0 where that is forgotten. */
+uint32_t ps_predictor_was_sent(const ps_predictor *predictor, uint64_t number);
 /* So many pages of a window were sent. */
 void ps_predictor_sent(ps_predictor *predictor, uint64_t number,
                        uint32_t pages);
