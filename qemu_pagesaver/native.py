@@ -361,7 +361,7 @@ class PagerOptions:
     trace_fd: int = -1
     background_rate: int = UNBOUNDED
     background_delay: float = 0.05
-    in_flight_bytes: int = 64 << 10
+    in_flight_bytes: int = 128 << 10
     cache_bytes: int = 8 << 20
 
 

@@ -21,8 +21,10 @@
 #define RUN_STEPS 160u
 /* Places that are looked at for each page that is to be sent. */
 #define LOOKS 4u
-/* Pages that may go before a request is looked for: 46 us of QEMU's time. */
-#define URGENT_PAGES 16u
+/* What may go before a request is looked for: 93 us of QEMU's time, and 120 us
+   of decoding. */
+#define URGENT_PAGES 32u
+#define URGENT_READS 2u
 /* A raw block is read whole for a window of so many pages. */
 #define WHOLE 4u
 
@@ -396,6 +398,7 @@ static int send_window(ps_pager *pager, struct window *window, uint64_t pages,
 {
     struct channel *channel = &pager->main;
     bool single = window->count < WHOLE;
+    uint32_t reads = 0;
     bool begun = false;
     uint32_t sent = 0;
 
@@ -416,8 +419,9 @@ static int send_window(ps_pager *pager, struct window *window, uint64_t pages,
             window->next++;
             continue;
         }
-        if (storage && begun) {
-            break; /* look for requests before each read */
+        reads += storage;
+        if (storage && begun && reads > (window->urgent ? URGENT_READS : 1u)) {
+            break; /* look for requests before the next */
         }
         if (!begun) {
             pager_begin_section(pager, channel, QEMU_VM_SECTION_PART);
@@ -475,8 +479,8 @@ int pager_send_prefetch(ps_pager *pager, uint64_t pages, ps_error *err)
     if (window->urgent && pages > URGENT_PAGES) {
         pages = URGENT_PAGES;
     }
-    window->urgent = false;
     r = send_window(pager, window, pages, err);
+    window->urgent = false;
     if (!r && window->next == window->count) {
         pop_window(prefetch);
     }
