@@ -7,7 +7,7 @@
 /* How fast the share of right windows follows what happens. */
 #define WEIGHT (1.0 / 16)
 /* At first: some trust, so that a first walk finds its neighbours. */
-#define FIRST_RIGHT 0.25
+#define FIRST_RIGHT 0.15
 /* A window that was right grows from there on. */
 #define SMALLEST 4u
 #define LONGEST_STRIDE 128
@@ -158,10 +158,10 @@ static uint32_t clamp(const ps_predictor *predictor, uint32_t pages)
  */
 static uint32_t first_window(double right)
 {
-    return right >= 0.4    ? 16
-           : right >= 0.2  ? 8
-           : right >= 0.1  ? 4
-           : right >= 0.06 ? 2
+    return right >= 0.4    ? 32
+           : right >= 0.2  ? 16
+           : right >= 0.1  ? 8
+           : right >= 0.06 ? 4
                            : 0;
 }
 
