@@ -94,9 +94,12 @@ def locate(saver: Saver, meta: Meta) -> Meta:
         note = "the registers of the CPUs are not known"
     if not note and not ranges:
         note = "it is not known where the machine has its memory"
-    if note:
-        return dataclasses.replace(meta, locality={"note": note})
-    return dataclasses.replace(meta, locality=document(saver.locate(cpus, ranges)))
+    if not note:
+        try:
+            found = document(saver.locate(cpus, ranges))
+        except errors.OutOfMemory as error:
+            note = f"there was no memory to look at page tables: {error.message}"
+    return dataclasses.replace(meta, locality={"note": note} if note else found)
 
 
 def document(found: Locality) -> dict[str, Any]:

@@ -40,6 +40,9 @@ static int read_memory(void *opaque, uint64_t address, size_t length, void *out,
     uint64_t group = global / PS_GROUP_PAGES;
     uint32_t ref = 0;
 
+    if (ps_saver_is_cancelled(s)) {
+        return ps_saver_cancelled(err);
+    }
     if (global != PS_NOWHERE && s->groups[group] != 0) {
         ref = ps_saver_refs(s, group)[global % PS_GROUP_PAGES];
     }

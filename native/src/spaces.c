@@ -929,6 +929,14 @@ int ps_spaces_find(const ps_cpu_paging *cpus, size_t cpu_count,
     return r;
 }
 
+uint64_t ps_spaces_memory(const ps_spaces *spaces)
+{
+    return sizeof(*spaces) + spaces->space_count * sizeof(*spaces->spaces) +
+           spaces->run_count * (sizeof(*spaces->runs) + sizeof(*spaces->refs)) +
+           (spaces->leaves + 1) * sizeof(*spaces->leaf_refs) +
+           spaces->order_count * sizeof(*spaces->order);
+}
+
 void ps_spaces_destroy(ps_spaces *spaces)
 {
     if (!spaces) {

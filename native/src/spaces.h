@@ -118,6 +118,8 @@ int ps_spaces_find(const ps_cpu_paging *cpus, size_t cpu_count,
                    const ps_guest_memory *memory, ps_spaces **out,
                    ps_error *err);
 void ps_spaces_destroy(ps_spaces *spaces);
+/* Bytes that it holds. */
+uint64_t ps_spaces_memory(const ps_spaces *spaces);
 
 /* One of ps_spaces_note as a sentence. */
 const char *ps_spaces_note_text(uint32_t note);

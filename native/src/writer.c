@@ -1073,7 +1073,8 @@ static int setup(ps_writer *w, ps_error *err)
     }
     s->writer_bytes = OUTPUT_BYTES + INDEX_BUFFER * sizeof(*w->index) +
                       w->order_bytes + s->block_count * sizeof(*w->ram) +
-                      s->leaves * PS_LEAF_PAGES * sizeof(uint64_t) / 512;
+                      s->leaves * PS_LEAF_PAGES * sizeof(uint64_t) / 512 +
+                      (s->spaces ? ps_spaces_memory(s->spaces) : 0);
     if (setup_jobs(w, err) || number_pages(w, err)) {
         return err->code;
     }

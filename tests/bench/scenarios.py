@@ -265,8 +265,8 @@ def first_touches(directory: Path, pairs: int) -> Table:
     """First touches seen from inside the guest, nothing prefetched."""
     table = Table(
         f"{TOUCHES} random first touches, seen from inside the guest",
-        "Microseconds. Nothing prefetched, background off, warm storage. The floor "
-        "is a pager that has a flat array of pages and nothing else.",
+        "Microseconds. Nothing prefetched unless a row says so, background off, warm "
+        "storage. The floor is a pager that is a flat array of pages.",
     )
     pages = ARENA_MIB * 256
     with Vm(qemus.get(), "pattern", memory=ARENA_MIB + 32) as vm:
@@ -289,6 +289,13 @@ def first_touches(directory: Path, pairs: int) -> Table:
         Ours(name="ours, uncompressed, placed", files=plain, options=quiet),
         Ours(name="ours, zstd, placed", files=packed, options=quiet),
     ]
+    # What neighbours of a walk are worth is in the locality suite; here they only
+    # stand in the way.
+    for preempt in ("off", "on"):
+        for prefetch in ("none", "virtual"):
+            how = {"prefetch": prefetch, "background": "off", "preempt": preempt}
+            name = f"ours, zstd, prefetch {prefetch}, preempt {preempt}"
+            rows.append(Ours(name=name, files=packed, options=how))
     decoded = [
         Ours(name="ours, zstd decoded, threads free", files=packed, options=free),
         Ours(name="ours, zstd decoded, placed", files=packed, options=quiet),
