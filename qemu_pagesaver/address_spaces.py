@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 _NEIGHBOURS = 8
 _CLASS_BITS = 0xF
 _VALUE_SHIFT = 16
+_MAPPINGS = 1024
+_MORE = f"there may be more than these {_MAPPINGS} mappings"
 _NO_SPACES = "its neighbours are those in physical memory"
 
 
@@ -46,7 +48,7 @@ def page(snapshot: Snapshot, address: int) -> dict[str, Any]:
     block, number = _place(snapshot, address)
     (entry,) = snapshot.image.entries(block, number, 1)
     page_class = PageClass(entry & _CLASS_BITS)
-    found = snapshot.image.mappings(block, number)
+    found = snapshot.image.mappings(block, number, at_most=_MAPPINGS)
     return {
         "address": address - address % PAGE_SIZE,
         "ram-block": snapshot.ram_blocks[block].name,
@@ -63,7 +65,11 @@ def page(snapshot: Snapshot, address: int) -> dict[str, Any]:
             }
             for mapping in found
         ],
-        "note": None if snapshot.image.space_count else _NO_SPACES,
+        "note": _NO_SPACES
+        if not snapshot.image.space_count
+        else _MORE
+        if len(found) == _MAPPINGS
+        else None,
     }
 
 
@@ -89,7 +95,7 @@ def _place(snapshot: Snapshot, address: int) -> tuple[int, int]:
 
 def _neighbours(snapshot: Snapshot, mapping: Mapping) -> list[list[Any]]:
     """List [guest-virtual address, RAM block, page] around a mapping, in order."""
-    space = snapshot.image.spaces()[mapping.space]
+    space = snapshot.image.space(mapping.space)
     names = [block.name for block in snapshot.ram_blocks]
     around: list[list[Any]] = []
     for step in (-1, 1):

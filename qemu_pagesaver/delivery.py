@@ -897,7 +897,7 @@ def trace_file(options: Delivery) -> Iterator[int]:
         yield fd
     except BaseException:
         if os.fstat(fd).st_size <= _TRACE_HEADER:
-            Path(options.trace).unlink()  # nothing came of it
+            Path(options.trace).unlink(missing_ok=True)  # nothing came of it
         raise
     finally:
         os.close(fd)

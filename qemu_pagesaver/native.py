@@ -812,14 +812,17 @@ class Image:
 
     def spaces(self) -> tuple[Space, ...]:
         """Return the guest's address spaces; none where the file does not tell."""
+        return tuple(self.space(index) for index in range(self.space_count))
+
+    def space(self, index: int) -> Space:
+        """Return one of them."""
         out = ffi.new("ps_space_info *")
         error = _new_error()
-        found = []
-        for index in range(self.space_count):
-            code = lib.ps_image_space(self._image, index, out, error)
-            _check(code, error, self.name)
-            found.append(_numbers(out, Space, index=index, kind=SpaceKind(out.kind)))
-        return tuple(found)
+        code = lib.ps_image_space(self._image, index, out, error)
+        _check(code, error, self.name)
+        return _numbers(  # type: ignore[no-any-return]
+            out, Space, index=index, kind=SpaceKind(out.kind)
+        )
 
     def virtual_runs(self, space: Space) -> Iterator[VirtualRun]:
         """Yield the runs of an address space, in order of their addresses."""

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -635,7 +635,7 @@ def restore_detached(
     order = {
         "file": control.absolute(file),
         "target": _absolute(target),
-        "options": asdict(options),
+        "options": asdict(_absolute_trace(options)),
         "status-file": None if status_file is None else control.absolute(status_file),
     }
     reading, writing = os.pipe2(os.O_CLOEXEC)
@@ -666,6 +666,13 @@ def restore_detached(
             # Its end is nobody's to wait for; without a status Popen would complain.
             if child.poll() is None:
                 child.returncode = 0
+
+
+def _absolute_trace(options: Delivery) -> Delivery:
+    """The child that stays has another working directory."""
+    if options.trace is None:
+        return options
+    return replace(options, trace=control.absolute(options.trace))
 
 
 def _absolute(target: Target) -> dict[str, Any]:

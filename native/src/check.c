@@ -247,13 +247,16 @@ static int check_space(checker *check, uint64_t index, uint64_t *next_run,
                      (unsigned long long)index,
                      (unsigned long long)space.first_run,
                      (unsigned long long)*next_run);
+        return PS_OK; /* and no run is looked at twice */
     }
     *next_run = space.first_run + space.run_count;
     for (uint64_t i = space.first_run; !ret && i < *next_run; i++) {
         ps_format_run run;
 
         ret = ps_image_run(image, i, &run, err);
-        if (ret) {
+        if (!ret) {
+            ret = check_progress(check, 0, err);
+        } else {
             ret = check_failed(check, err);
             continue;
         }

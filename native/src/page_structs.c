@@ -42,6 +42,9 @@
 
 #define SEEDS 16u
 #define MIN_MATCHES 4u
+/* A kernel maps its struct pages once: a search that needs more is led on. */
+#define READS_PER_PAGE SEEDS
+#define VALIDATIONS 64u
 /* Of the samples, at least one in this many has to match. */
 #define MATCH_SHARE 8u
 
@@ -54,7 +57,9 @@ typedef struct page_struct {
 typedef struct reader {
     const ps_spaces *spaces;
     const ps_guest_memory *memory;
-    uint64_t kernel;  /* index of the kernel's space */
+    uint64_t kernel; /* index of the kernel's space */
+    uint64_t reads;  /* that the search may still make */
+    uint32_t validations;
     uint64_t address; /* of the page that is in `page`; 1: none */
     uint8_t page[PS_PAGE_SIZE];
 } reader;
@@ -186,6 +191,10 @@ static int try_seed(reader *r, const ps_sample *samples, size_t count,
             if (!ps_bit_test(memory->used, global)) {
                 continue;
             }
+            if (r->reads == 0 || r->validations == 0) {
+                return PS_OK;
+            }
+            r->reads--;
             result = memory->read(memory->opaque,
                                   ps_guest_address(memory, global) + within +
                                       MAPPING,
@@ -198,6 +207,7 @@ static int try_seed(reader *r, const ps_sample *samples, size_t count,
                 continue;
             }
             *base = run->address + (p << PS_PAGE_BITS) - below;
+            r->validations--;
             result = validate(r, *base, samples, count, found, err);
             if (result) {
                 return result;
@@ -329,6 +339,8 @@ int ps_page_structs_read(ps_spaces *spaces, const ps_guest_memory *memory,
     r->spaces = spaces;
     r->memory = memory;
     r->address = 1;
+    r->reads = READS_PER_PAGE * spaces->stats.used;
+    r->validations = VALIDATIONS;
     if (spaces->space_count) {
         r->kernel = spaces->space_count - 1;
         if (spaces->spaces[r->kernel].kind == PS_SPACE_KERNEL) {

@@ -5,8 +5,9 @@
  *
  * Order of what is sent: requested pages, then what is left of the prefetch
  * windows (newest first), then the background. Whoever sends less urgent
- * pages looks for new requests before every batch and keeps what QEMU has not
- * read yet below a bound, so that a requested page waits behind few others.
+ * pages looks for new requests before every batch (but for the first ones of
+ * a window that proves right: pager_prefetch_urgent()) and keeps what QEMU has
+ * not read yet below a bound, so that a requested page waits behind few others.
  *
  * Deferred update: a page needs an update while its class is fill or data and
  * its bit in the sent map is not set. Zero pages never do: fresh memory is
@@ -158,7 +159,7 @@ static int take_request(ps_pager *pager, const ps_rp_message *message,
         /* A zero page, asked for while END was on its way: QEMU reads no
            more, and wakes the waiter when it takes userfaultfd away. */
         pager_trace(pager, ram->first + (message->start >> PS_PAGE_BITS),
-                    PS_TRACE_ZERO);
+                    pager->now, PS_TRACE_ZERO);
         return PS_OK;
     }
     request = &pager->requests[(pager->request_head + pager->request_count) %
@@ -282,7 +283,7 @@ static int answer_request(ps_pager *pager, struct channel *channel,
         if (!request->answered) {
             ps_counter_add(&pager->stats.faults_late, 1);
             pager_trace(pager, ram->first + page - ram->host_pages,
-                        PS_TRACE_LATE);
+                        request->asked_at, PS_TRACE_LATE);
         }
         return PS_OK;
     }
@@ -305,9 +306,9 @@ static int answer_request(ps_pager *pager, struct channel *channel,
     }
     pager_submit(pager, channel);
     if (ram->host_pages == 1) {
-        pager_plan_prefetch(pager, ram->first + page);
+        pager_plan_prefetch(pager, ram->first + page, request->asked_at);
     } else {
-        pager_trace(pager, ram->first + page, 0);
+        pager_trace(pager, ram->first + page, request->asked_at, 0);
     }
     return PS_OK;
 }
@@ -445,12 +446,16 @@ static int send_unasked(ps_pager *pager, bool *more, ps_error *err)
     if (!something_to_send(pager)) {
         return PS_OK;
     }
-    r = pager_plan_windows(pager, err);
+    r = pager_plan_window(pager, err);
     if (!r && !pager_prefetch_urgent(pager)) {
         r = look_for_requests(pager, more, err);
     }
     if (r || *more || !something_to_send(pager)) {
         return r;
+    }
+    if (pager->prefetch.pending_count > 0) {
+        *more = true; /* the next one */
+        return PS_OK;
     }
     if (pager_prefetch_pending(pager)) {
         pages = pager_room(pager);
@@ -627,14 +632,16 @@ static int wait_once(ps_pager *pager, ps_error *err)
     return PS_OK;
 }
 
-static int take_commands(ps_pager *pager, ps_error *err)
+static void take_commands(ps_pager *pager)
 {
     if (atomic_load(&pager->finish) && get_state(pager) == PS_PAGER_SERVING) {
+        ps_error ignored;
+
         set_state(pager, PS_PAGER_FINISHING);
         pager_set_usual_bound(pager);
-        return ps_read_ahead_create(pager->image, &pager->ahead, err);
+        /* Without it everything is loaded as well. */
+        (void)ps_read_ahead_create(pager->image, &pager->ahead, &ignored);
     }
-    return PS_OK;
 }
 
 static int serve(ps_pager *pager, ps_error *err)
@@ -651,10 +658,8 @@ static int serve(ps_pager *pager, ps_error *err)
         }
         pager->again = false;
         pager->wake_at = 0;
-        r = take_commands(pager, err);
-        if (!r) {
-            r = parse_received(pager, err);
-        }
+        take_commands(pager);
+        r = parse_received(pager, err);
         if (!r && pager->urgent == &pager->preempt) {
             r = pump_preempt(pager, err);
         }

@@ -109,17 +109,22 @@ struct window {
     uint32_t pages[PS_MAX_WINDOW]; /* global */
 };
 
+struct pending {
+    uint64_t asked_at;
+    uint32_t global;
+};
+
 /* What follows faults: pager_prefetch.c. */
 struct prefetch {
     ps_predictor predictor;
-    uint32_t pending[PENDING]; /* faults not looked at yet; global pages */
+    struct pending pending[PENDING]; /* faults not looked at yet */
     uint32_t pending_head;
     uint32_t pending_count;
     struct window windows[WINDOWS];
     uint32_t top; /* the newest */
     uint32_t count;
     uint64_t space;       /* in which the fault before was */
-    bool spaces_unusable; /* damaged: physical neighbours from here on */
+    bool spaces_unusable; /* damaged, or the file has none */
 };
 
 /* A page whose content another page owns, in the list of its block. */
@@ -338,14 +343,15 @@ int pager_wanted(ps_pager *pager, uint64_t global, uint32_t *block,
 int pager_init_prefetch(ps_pager *pager, ps_error *err);
 void pager_deinit_prefetch(ps_pager *pager);
 /* The page was asked for and is with the socket. */
-void pager_plan_prefetch(ps_pager *pager, uint64_t global);
+void pager_plan_prefetch(ps_pager *pager, uint64_t global, uint64_t asked_at);
 /* It was asked for, and nothing is to follow it. */
-void pager_trace(ps_pager *pager, uint64_t global, uint8_t flags);
+void pager_trace(ps_pager *pager, uint64_t global, uint64_t asked_at,
+                 uint8_t flags);
 /* Nothing is sent any more. */
 void pager_end_prefetch(ps_pager *pager);
 bool pager_prefetch_pending(const ps_pager *pager);
-/* Look at the faults since the last call. */
-int pager_plan_windows(ps_pager *pager, ps_error *err);
+/* Look at a fault that nobody has looked at yet. */
+int pager_plan_window(ps_pager *pager, ps_error *err);
 /* Is the newest window one whose first pages go before anything else? */
 bool pager_prefetch_urgent(const ps_pager *pager);
 /* One batch, of so many pages at most. */

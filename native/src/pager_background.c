@@ -7,6 +7,7 @@
 /* Work between two looks at the socket when nothing is found to send. */
 #define COLLECT_LEAVES 4u
 #define WALK_STEPS 2048u
+#define WALK_BLOCKS 128u
 /* The rate lets so much time be saved up, and waits for so many pages. */
 #define RATE_BURST MS(50)
 #define RATE_PAGES 4u
@@ -87,14 +88,15 @@ static int block_wanted(ps_pager *pager, const ps_block_info *info, bool *yes,
     return r;
 }
 
-/* Ask for the blocks that come next. */
+/* Ask for the blocks that come next; a bounded look. */
 static int fill_read_ahead(ps_pager *pager, ps_error *err)
 {
     struct background *background = &pager->background;
     uint32_t room = ps_read_ahead_room(pager->ahead);
+    uint32_t looks = WALK_BLOCKS;
     int r = PS_OK;
 
-    while (!r && room > 0 &&
+    while (!r && room > 0 && looks-- > 0 &&
            background->next_block < pager->image->locality_blocks) {
         ps_block_info info;
         bool yes = false;
@@ -112,7 +114,8 @@ static int fill_read_ahead(ps_pager *pager, ps_error *err)
     return r;
 }
 
-/* Go to the next locality block; false: there is none. */
+/* Go to the next locality block; false: there is none, or none was found in a
+   bounded look. */
 static int next_block(ps_pager *pager, bool *found, ps_error *err)
 {
     struct background *background = &pager->background;
@@ -183,7 +186,9 @@ static int walk(ps_pager *pager, uint64_t *global, bool *found, ps_error *err)
             }
             if (!more) {
                 background->block.pages = 0;
-                background->phase = PHASE_SWEEP;
+                if (background->next_block >= pager->image->locality_blocks) {
+                    background->phase = PHASE_SWEEP;
+                }
                 return PS_OK;
             }
         }

@@ -8,10 +8,9 @@
  * neighbours in the file, which is written in locality order. How far to go,
  * and in which direction, is the predictor's.
  *
- * Nothing here is on the way of a waiting fault: it is looked at when the
- * requested page is with the socket and no other request is there. What the
- * snapshot says of address spaces is a hint; where it is damaged, physical
- * neighbours are taken.
+ * A fault is looked at when its page is with the socket, one fault for each
+ * look at the return path. What the snapshot says of address spaces is a
+ * hint; where it is damaged, neighbours are those in the file.
  */
 #include "pager.h"
 
@@ -19,6 +18,8 @@
 #define MAPPINGS 16u
 /* Runs that are passed to take one step of a stride. */
 #define RUN_STEPS 160u
+/* Pages of zeros between two runs that are passed over. */
+#define GAP_PAGES 16u
 /* Places that are looked at for each page that is to be sent. */
 #define LOOKS 4u
 /* What may go before a request is looked for: 93 us of QEMU's time, and 120 us
@@ -47,10 +48,16 @@ struct cursor {
     ps_format_run run;
 };
 
-void pager_trace(ps_pager *pager, uint64_t global, uint8_t flags)
+static uint64_t since_began(const ps_pager *pager, uint64_t at)
+{
+    return at > pager->began ? at - pager->began : 0;
+}
+
+void pager_trace(ps_pager *pager, uint64_t global, uint64_t asked_at,
+                 uint8_t flags)
 {
     ps_trace_add(&pager->trace, &(ps_trace_record){
-                                    .time = pager->now - pager->began,
+                                    .time = since_began(pager, asked_at),
                                     .address = UINT64_MAX,
                                     .page = (uint32_t)global,
                                     .space = UINT32_MAX,
@@ -59,16 +66,16 @@ void pager_trace(ps_pager *pager, uint64_t global, uint8_t flags)
                                 });
 }
 
-static uint64_t take_pending(struct prefetch *prefetch)
+static struct pending take_pending(struct prefetch *prefetch)
 {
-    uint64_t global = prefetch->pending[prefetch->pending_head];
+    struct pending fault = prefetch->pending[prefetch->pending_head];
 
     prefetch->pending_head = (prefetch->pending_head + 1) % PENDING;
     prefetch->pending_count--;
-    return global;
+    return fault;
 }
 
-void pager_plan_prefetch(ps_pager *pager, uint64_t global)
+void pager_plan_prefetch(ps_pager *pager, uint64_t global, uint64_t asked_at)
 {
     struct prefetch *prefetch = &pager->prefetch;
 
@@ -76,10 +83,12 @@ void pager_plan_prefetch(ps_pager *pager, uint64_t global)
         return;
     }
     if (prefetch->pending_count == PENDING) {
-        pager_trace(pager, take_pending(prefetch), 0);
+        struct pending oldest = take_pending(prefetch);
+
+        pager_trace(pager, oldest.global, oldest.asked_at, 0);
     }
     prefetch->pending[(prefetch->pending_head + prefetch->pending_count++) %
-                      PENDING] = (uint32_t)global;
+                      PENDING] = (struct pending){asked_at, (uint32_t)global};
 }
 
 bool pager_prefetch_pending(const ps_pager *pager)
@@ -169,29 +178,35 @@ static int find_place(ps_pager *pager, uint64_t global, uint64_t entry,
     return PS_OK;
 }
 
+/*
+ * Runs leave pages of zeros out where these are not contiguous, so a short
+ * gap is no end: *global is PS_NOWHERE in it. A longer one is a hole.
+ */
 static int step_virtual(ps_pager *pager, struct cursor *cursor, uint64_t target,
                         uint64_t *global, bool *there, ps_error *err)
 {
+    bool forward = target > cursor->at;
+
     for (uint32_t i = 0; i < RUN_STEPS; i++) {
         uint64_t first = cursor->run.address >> PS_PAGE_BITS;
+        uint64_t last = first + cursor->run.pages - 1;
         int r;
 
-        if (target >= first && target - first < cursor->run.pages) {
+        if (target >= first && target <= last) {
             *global = cursor->run.first + (target - first);
             *there = true;
             return PS_OK;
         }
-        if (target < first) {
-            if (target > cursor->at || cursor->number == cursor->first_run) {
-                return PS_OK; /* a hole */
-            }
-            cursor->number--;
-        } else {
-            if (target < cursor->at || cursor->number + 1 >= cursor->end_run) {
-                return PS_OK;
-            }
-            cursor->number++;
+        if (forward ? target < first : target > last) {
+            *global = PS_NOWHERE;
+            *there = (forward ? first - target : target - last) <= GAP_PAGES;
+            return PS_OK;
         }
+        if (cursor->number ==
+            (forward ? cursor->end_run - 1 : cursor->first_run)) {
+            return PS_OK;
+        }
+        cursor->number += forward ? 1 : UINT64_MAX;
         r = ps_image_run(pager->image, cursor->number, &cursor->run, err);
         if (r) {
             return r;
@@ -200,7 +215,7 @@ static int step_virtual(ps_pager *pager, struct cursor *cursor, uint64_t target,
     return PS_OK;
 }
 
-/* One stride on; there is false at the end of what is mapped, or of RAM. */
+/* One stride on; *there is false at the end of what is mapped, or of RAM. */
 static int step(ps_pager *pager, struct cursor *cursor, int64_t stride,
                 uint64_t *global, bool *there, ps_error *err)
 {
@@ -233,6 +248,24 @@ static int step(ps_pager *pager, struct cursor *cursor, int64_t stride,
 
 /* ---------------------------------------------------------------- windows */
 
+/* To the place behind a window, where a fault says that it was right: not one
+   of zeros, which are not on this line. */
+static int pass_zeros(ps_pager *pager, struct cursor *cursor, int64_t stride,
+                      ps_error *err)
+{
+    uint64_t global = PS_NOWHERE;
+
+    for (uint32_t i = 0; i <= GAP_PAGES && global == PS_NOWHERE; i++) {
+        bool there;
+        int r = step(pager, cursor, stride, &global, &there, err);
+
+        if (r || !there) {
+            return r;
+        }
+    }
+    return PS_OK;
+}
+
 /* Fill a window with what is to be sent; *ahead is the place where it ends. */
 static int fill_window(ps_pager *pager, struct cursor *cursor,
                        const ps_prediction *prediction, struct window *window,
@@ -249,19 +282,21 @@ static int fill_window(ps_pager *pager, struct cursor *cursor,
         bool there, yes;
         int r = step(pager, cursor, prediction->stride, &global, &there, err);
 
-        if (!r && there) {
-            r = pager_wanted(pager, global, &block, &page, &yes, err);
-        }
         if (r || !there) {
+            return r;
+        }
+        if (global == PS_NOWHERE) {
+            continue;
+        }
+        r = pager_wanted(pager, global, &block, &page, &yes, err);
+        if (r) {
             return r;
         }
         if (yes && pager->ram[block].host_pages == 1) {
             window->pages[window->count++] = (uint32_t)global;
         }
     }
-    /* The place behind it, where a fault says that it was right. */
-    cursor->at += (uint64_t)prediction->stride;
-    return PS_OK;
+    return pass_zeros(pager, cursor, prediction->stride, err);
 }
 
 static struct window *push_window(struct prefetch *prefetch)
@@ -303,8 +338,8 @@ static void pop_window(struct prefetch *prefetch)
     prefetch->count--;
 }
 
-static void trace_fault(ps_pager *pager, uint64_t global, uint64_t entry,
-                        const struct cursor *place,
+static void trace_fault(ps_pager *pager, const struct pending *fault,
+                        uint64_t entry, const struct cursor *place,
                         const ps_prediction *prediction, uint32_t pages)
 {
     bool is_virtual = place && place->kind == PS_KIND_VIRTUAL;
@@ -312,9 +347,9 @@ static void trace_fault(ps_pager *pager, uint64_t global, uint64_t entry,
     ps_trace_add(
         &pager->trace,
         &(ps_trace_record){
-            .time = pager->now - pager->began,
+            .time = since_began(pager, fault->asked_at),
             .address = is_virtual ? place->at << PS_PAGE_BITS : UINT64_MAX,
-            .page = (uint32_t)global,
+            .page = fault->global,
             .space =
                 is_virtual ? (uint32_t)(place->line - LINE_SPACES) : UINT32_MAX,
             .stride = (int16_t)(prediction ? prediction->stride : 0),
@@ -328,7 +363,7 @@ static void trace_fault(ps_pager *pager, uint64_t global, uint64_t entry,
 }
 
 /* Look at one fault: choose what follows it. */
-static int plan(ps_pager *pager, uint64_t global, ps_error *err)
+static int plan(ps_pager *pager, const struct pending *fault, ps_error *err)
 {
     struct prefetch *prefetch = &pager->prefetch;
     const struct ps_prediction_record *right;
@@ -336,16 +371,16 @@ static int plan(ps_pager *pager, uint64_t global, ps_error *err)
     struct cursor place, cursor;
     struct window *window;
     uint64_t entry;
-    int r = ps_image_entry(pager->image, global, &entry, err);
+    int r = ps_image_entry(pager->image, fault->global, &entry, err);
 
     if (r) {
         return r;
     }
     if (pager->options.prefetch == PS_PREFETCH_NONE) {
-        trace_fault(pager, global, entry, NULL, NULL, 0);
+        trace_fault(pager, fault, entry, NULL, NULL, 0);
         return PS_OK;
     }
-    r = find_place(pager, global, entry, &place, err);
+    r = find_place(pager, fault->global, entry, &place, err);
     if (r) {
         return r;
     }
@@ -359,7 +394,7 @@ static int plan(ps_pager *pager, uint64_t global, ps_error *err)
     if (prediction.covered) {
         if (trust_window(prefetch, prediction.by) ||
             ps_predictor_was_sent(&prefetch->predictor, prediction.by) > 0) {
-            trace_fault(pager, global, entry, &place, &prediction, 0);
+            trace_fault(pager, fault, entry, &place, &prediction, 0);
             return PS_OK;
         }
         /* It had to give way: once more, from here. */
@@ -383,7 +418,7 @@ static int plan(ps_pager *pager, uint64_t global, ps_error *err)
     window->record =
         ps_predictor_window(&prefetch->predictor, place.line, place.at,
                             &prediction, cursor.at, place.kind);
-    trace_fault(pager, global, entry, &place, &prediction, window->count);
+    trace_fault(pager, fault, entry, &place, &prediction, window->count);
     if (window->count == 0) {
         pop_window(prefetch);
     } else {
@@ -444,14 +479,15 @@ static int send_window(ps_pager *pager, struct window *window, uint64_t pages,
     return PS_OK;
 }
 
-int pager_plan_windows(ps_pager *pager, ps_error *err)
+int pager_plan_window(ps_pager *pager, ps_error *err)
 {
-    int r = PS_OK;
+    struct pending fault;
 
-    while (!r && pager->prefetch.pending_count > 0) {
-        r = plan(pager, take_pending(&pager->prefetch), err);
+    if (pager->prefetch.pending_count == 0) {
+        return PS_OK;
     }
-    return r;
+    fault = take_pending(&pager->prefetch);
+    return plan(pager, &fault, err);
 }
 
 /*
@@ -502,7 +538,9 @@ int pager_init_prefetch(ps_pager *pager, ps_error *err)
 void pager_end_prefetch(ps_pager *pager)
 {
     while (pager->prefetch.pending_count > 0) {
-        pager_trace(pager, take_pending(&pager->prefetch), 0);
+        struct pending fault = take_pending(&pager->prefetch);
+
+        pager_trace(pager, fault.global, fault.asked_at, 0);
     }
 }
 

@@ -100,12 +100,16 @@ static struct ps_prediction_region *find_region(ps_predictor *predictor,
 static void learn(ps_predictor *predictor, uint64_t line, uint64_t at,
                   bool right)
 {
-    struct ps_prediction_region *region = find_region(predictor, line, at);
-    struct ps_prediction_line *slot = find_line(predictor, line);
+    struct ps_prediction_line *slot = line_slot(predictor, line);
     double target = right ? 1 : 0;
 
-    region->right += (target - region->right) * WEIGHT;
-    slot->right += (target - slot->right) * WEIGHT;
+    /* A line that has lost its slot does not take it from its successor. */
+    if (slot->line == line) {
+        struct ps_prediction_region *region = find_region(predictor, line, at);
+
+        region->right += (target - region->right) * WEIGHT;
+        slot->right += (target - slot->right) * WEIGHT;
+    }
 }
 
 static uint16_t *index_slot(const ps_predictor *predictor, uint64_t line,

@@ -25,7 +25,10 @@ int ps_trace_init(ps_trace *trace, int fd, const uint8_t *uuid, ps_error *err)
     memcpy(header.uuid, uuid, sizeof(header.uuid));
     header.realtime =
         (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-    return ps_write_all(fd, &header, sizeof(header), "writing the trace", err);
+    if (ps_write_all(fd, &header, sizeof(header), "writing the trace", err)) {
+        trace->fd = -1; /* it is worth no guest */
+    }
+    return PS_OK;
 }
 
 void ps_trace_deinit(ps_trace *trace)

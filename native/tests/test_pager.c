@@ -777,10 +777,12 @@ static uint32_t scattered(uint32_t i)
 static void map_processes(ps_format_run *runs, ps_format_space *spaces)
 {
     for (uint32_t i = 0; i < 40; i++) {
-        runs[i] = (ps_format_run){
-            .address = FIRST_VIRTUAL + (i + (i < 24 ? 0 : 100)) * PS_PAGE_SIZE,
-            .first = scattered(i),
-            .pages = 1};
+        runs[i] =
+            (ps_format_run){.address = FIRST_VIRTUAL + (i + (i < 14 ? 0 : 2) +
+                                                        (i < 24 ? 0 : 100)) *
+                                                           PS_PAGE_SIZE,
+                            .first = scattered(i),
+                            .pages = 1};
     }
     runs[40] =
         (ps_format_run){.address = 0x7000, .first = 512 + 10, .pages = 6};

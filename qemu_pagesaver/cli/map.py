@@ -184,7 +184,8 @@ def _show_spaces(snapshot: Snapshot, out: Output) -> None:
     ]
     columns = ("space", "kind", "root", "size", "exclusive", "shared", "runs")
     shown = table(columns, rows, right=(0, 2, 3, 4, 5, 6))
-    out.result(document, Group(f"neighbours: {info.neighbours(snapshot)}", shown))
+    where = printable(f"neighbours: {info.neighbours(snapshot)}")
+    out.result(document, Group(where, shown))
 
 
 def _show_page(snapshot: Snapshot, address: int, out: Output) -> None:

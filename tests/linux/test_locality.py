@@ -17,6 +17,7 @@ import pytest
 
 import qemu_pagesaver
 from qemu_pagesaver import memory_map
+from qemu_pagesaver.check import check
 from qemu_pagesaver.native import PAGE_SIZE, Image, Space, SpaceKind
 from qemu_pagesaver.snapshot import Snapshot
 from tests.conftest import Vms
@@ -129,6 +130,7 @@ def check_spaces(vm: Vm, file: Path) -> Mapping[str, Any]:
     run_python(vm, CHURN)
     expected = processes(vm)
     qemu_pagesaver.save(vm.qmp_path, file, disks="none")
+    assert check(file).ok
     with qemu_pagesaver.open(file) as snapshot:
         starts = frames(snapshot)
         spaces = snapshot.image.spaces()

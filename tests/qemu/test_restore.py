@@ -297,11 +297,13 @@ def test_detach(saved: Saved, runtime: Path, disk_path: Path) -> None:
         *("--json", "restore", saved.running, "--qmp", disk_path / "q"),
         *("--qemu", saved.qemu.system, "--background", "off", "--detach"),
         *("--status-file", status_file),
+        *("--trace", os.path.relpath(disk_path / "trace")),
         runtime=runtime,
     )
     assert found.returncode == 0, found.stderr
     document = json.loads(found.stdout)
     try:
+        assert (disk_path / "trace").exists()
         assert is_alive(document["pager-pid"])
         (guest,) = json.loads(cli("--json", "status", runtime=runtime).stdout)["guests"]
         assert guest["pager-pid"] == document["pager-pid"]

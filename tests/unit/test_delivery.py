@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import socket
 import struct
@@ -13,6 +14,7 @@ from typing import cast
 import pytest
 
 from qemu_pagesaver import delivery, errors, placement
+from qemu_pagesaver.cli.delivery import add_delivery, options
 from qemu_pagesaver.guest import Guest, HostBlock, parse_ram_blocks
 from qemu_pagesaver.native import UNBOUNDED, RamBlock
 from qemu_pagesaver.postcopy import Reply
@@ -204,3 +206,12 @@ def test_bad_behaviour(
     monkeypatch.setattr(delivery, "ANSWER_TIMEOUT", 0.05)
     with pytest.raises(kind, match=r"4711|nonsense"):
         ask(behave)
+
+
+def test_the_verb_has_the_same_defaults() -> None:
+    """Said twice, as --help must not need the C core."""
+    parser = argparse.ArgumentParser()
+    add_delivery(parser, preempt=True)
+    args = parser.parse_args([])
+    how = options(args) | {"preempt": args.preempt}
+    assert delivery.Delivery(**how) == delivery.Delivery()

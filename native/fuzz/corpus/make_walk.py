@@ -201,7 +201,27 @@ def damaged() -> bytes:
     return seed(X86_64, x86(guest, root), guest.pages())
 
 
+def led_on() -> bytes:
+    """All of the kernel's mappings are of the same 2 MiB, again and again."""
+    guest = Guest(X86_64, 4)
+    root = guest.table()
+    guest.map(root, 0, 100 << 12)
+    (table,) = (
+        page for page in guest.words if guest.words[page].get(0) == 100 << 12 | 0x67
+    )
+    guest.words[table].update({i: (100 + i) << 12 | 0x67 for i in range(64)})
+    for directory in range(5):
+        for entry in range(512):
+            guest.map(
+                root, KERNEL + (directory << 30) + (entry << 21), 0, 1, user=False
+            )
+    for page in range(20, 512):
+        guest.words[page].setdefault(0, 0x1234)
+    return seed(X86_64, x86(guest, root), guest.pages())
+
+
 SEEDS = {
+    "x86-64-led-on": led_on(),
     "x86-64-4": processes_x86_64(4),
     "x86-64-5": processes_x86_64(5),
     "x86-64-kpti": kpti(),
