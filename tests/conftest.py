@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +15,12 @@ from tests.support import qemus
 from tests.support.qemus import AARCH64, X86_64, Platform, Qemu
 from tests.support.redisguests import RedisGuests
 from tests.support.vm import Vm, private_directory
+
+
+def pytest_sessionstart() -> None:
+    """Children can be interrupted, also where a shell started us with `&`."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(params=qemus.VERSIONS, ids=lambda v: f"qemu-{v}")

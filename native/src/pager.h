@@ -103,7 +103,8 @@ struct channel {
 struct window {
     uint64_t record; /* of the predictor */
     uint32_t kind;   /* a ps_prefetch_kind */
-    bool urgent; /* the guest goes where it leads: a batch before all else */
+    bool proven;     /* the guest has come where it began */
+    bool urgent;     /* a batch of it goes before all else */
     uint32_t count;
     uint32_t next;
     uint32_t pages[PS_MAX_WINDOW]; /* global */

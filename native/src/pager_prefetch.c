@@ -324,6 +324,7 @@ static bool trust_window(struct prefetch *prefetch, uint64_t record)
                 prefetch->windows[at] = prefetch->windows[above];
                 at = above;
             }
+            window.proven = true;
             window.urgent = true;
             prefetch->windows[at] = window;
             return true;
@@ -392,12 +393,12 @@ static int plan(ps_pager *pager, const struct pending *fault, ps_error *err)
                        right->sent);
     }
     if (prediction.covered) {
-        if (trust_window(prefetch, prediction.by) ||
-            ps_predictor_was_sent(&prefetch->predictor, prediction.by) > 0) {
+        if (trust_window(prefetch, prediction.by)) {
             trace_fault(pager, fault, entry, &place, &prediction, 0);
             return PS_OK;
         }
-        /* It had to give way: once more, from here. */
+        /* That one had to give way, or read no further: once more, from here.
+         */
         prediction.pages = URGENT_PAGES < prefetch->predictor.largest
                                ? URGENT_PAGES
                                : prefetch->predictor.largest;
@@ -414,6 +415,7 @@ static int plan(ps_pager *pager, const struct pending *fault, ps_error *err)
         pop_window(prefetch);
         return r;
     }
+    window->proven = prediction.confirms;
     window->urgent = prediction.confirms;
     window->record =
         ps_predictor_window(&prefetch->predictor, place.line, place.at,
@@ -455,6 +457,10 @@ static int send_window(ps_pager *pager, struct window *window, uint64_t pages,
             continue;
         }
         reads += storage;
+        if (storage && !window->proven) {
+            window->next = window->count; /* a guess is worth no reading */
+            break;
+        }
         if (storage && begun && reads > (window->urgent ? URGENT_READS : 1u)) {
             break; /* look for requests before the next */
         }

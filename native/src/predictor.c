@@ -255,14 +255,6 @@ uint64_t ps_predictor_window(ps_predictor *predictor, uint64_t line,
     return number;
 }
 
-uint32_t ps_predictor_was_sent(const ps_predictor *predictor, uint64_t number)
-{
-    const struct ps_prediction_record *record =
-        &predictor->records[number % PS_PREDICTOR_RECORDS];
-
-    return record->number == number ? record->sent : 0;
-}
-
 void ps_predictor_sent(ps_predictor *predictor, uint64_t number, uint32_t pages)
 {
     struct ps_prediction_record *record =

@@ -91,8 +91,6 @@ ps_prediction ps_predictor_fault(ps_predictor *predictor, uint64_t line,
 uint64_t ps_predictor_window(ps_predictor *predictor, uint64_t line,
                              uint64_t at, const ps_prediction *prediction,
                              uint64_t ahead, uint32_t kind);
-/* How many pages of a window were sent; 0 where that is forgotten. */
-uint32_t ps_predictor_was_sent(const ps_predictor *predictor, uint64_t number);
 /* So many pages of a window were sent. */
 void ps_predictor_sent(ps_predictor *predictor, uint64_t number,
                        uint32_t pages);
