@@ -403,6 +403,7 @@ static int plan(ps_pager *pager, const struct pending *fault, ps_error *err)
                                ? URGENT_PAGES
                                : prefetch->predictor.largest;
         prediction.confirms = true;
+        prediction.soon = true;
     }
     window = push_window(prefetch);
     cursor = place;
@@ -415,8 +416,8 @@ static int plan(ps_pager *pager, const struct pending *fault, ps_error *err)
         pop_window(prefetch);
         return r;
     }
-    window->proven = prediction.confirms;
-    window->urgent = prediction.confirms;
+    window->proven = prediction.soon;
+    window->urgent = prediction.soon;
     window->record =
         ps_predictor_window(&prefetch->predictor, place.line, place.at,
                             &prediction, cursor.at, place.kind);

@@ -4,6 +4,9 @@
 /* A record is given up for now after so many others; it may still be right
    later, until it is overwritten. */
 #define PATIENCE 64u
+/* Who walks comes to the end of his window within so many faults, others'
+   included. */
+#define SOON 32u
 /* How fast the share of right windows follows what happens. */
 #define WEIGHT (1.0 / 16)
 /* At first: some trust, so that a first walk finds its neighbours. */
@@ -185,6 +188,7 @@ ps_prediction ps_predictor_fault(ps_predictor *predictor, uint64_t line,
         record->confirmed = true;
         learn(predictor, line, record->at, true);
         prediction.confirms = true;
+        prediction.soon = predictor->next - record->number <= SOON;
         prediction.stride =
             record->ahead == at ? record->stride : -record->stride;
         prediction.pages =

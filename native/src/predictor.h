@@ -30,6 +30,7 @@ typedef struct ps_prediction {
     int64_t stride; /* from the fault to the next place */
     uint32_t pages; /* 0: nothing */
     bool confirms;  /* an earlier window ended here */
+    bool soon;      /* and not long ago: no coincidence */
     bool covered; /* a window on its way brings what follows: leave no record */
     uint64_t by;  /* number of the record of that window */
 } ps_prediction;
