@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/types.h>
+#include <time.h>
 
 #include "pagesaver.h"
 
@@ -84,6 +85,17 @@ int ps_pwrite_all(int fd, const void *buffer, size_t length, uint64_t offset,
                   const char *what, ps_error *err);
 int ps_write_all(int fd, const void *buffer, size_t length, const char *what,
                  ps_error *err);
+
+/* Nanoseconds of a clock; 0 where there is no such clock. */
+static inline uint64_t ps_clock_ns(clockid_t clock)
+{
+    struct timespec ts;
+
+    if (clock_gettime(clock, &ts)) {
+        return 0;
+    }
+    return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
+}
 
 static inline void ps_freep(void *p)
 {

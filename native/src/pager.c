@@ -727,16 +727,6 @@ static int start(ps_pager *pager, ps_error *err)
     return PS_OK;
 }
 
-static uint64_t clock_ns(clockid_t clock)
-{
-    struct timespec ts;
-
-    if (clock_gettime(clock, &ts)) {
-        return 0;
-    }
-    return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
-}
-
 int ps_pager_run(ps_pager *pager, ps_error *err)
 {
     clockid_t clock = 0;
@@ -749,7 +739,7 @@ int ps_pager_run(ps_pager *pager, ps_error *err)
     }
     pager->started = true;
     atomic_store(&pager->thread, (int32_t)gettid());
-    atomic_store(&pager->cpu_start, clock_ns(CLOCK_THREAD_CPUTIME_ID));
+    atomic_store(&pager->cpu_start, ps_clock_ns(CLOCK_THREAD_CPUTIME_ID));
     if (pthread_getcpuclockid(pthread_self(), &clock) == 0) {
         atomic_store(&pager->cpu_clock, (int64_t)clock);
     }
@@ -765,7 +755,7 @@ int ps_pager_run(ps_pager *pager, ps_error *err)
     ps_trace_flush(&pager->trace);
     helper = ps_read_ahead_destroy(pager->ahead);
     pager->ahead = NULL;
-    atomic_store(&pager->cpu_total, clock_ns(CLOCK_THREAD_CPUTIME_ID) -
+    atomic_store(&pager->cpu_total, ps_clock_ns(CLOCK_THREAD_CPUTIME_ID) -
                                         atomic_load(&pager->cpu_start) +
                                         helper);
     atomic_store(&pager->cpu_clock, 0);
@@ -1082,7 +1072,7 @@ int32_t ps_pager_thread(const ps_pager *pager)
 static uint64_t cpu_time(ps_pager *pager)
 {
     int64_t clock = atomic_load(&pager->cpu_clock);
-    uint64_t now = clock ? clock_ns((clockid_t)clock) : 0;
+    uint64_t now = clock ? ps_clock_ns((clockid_t)clock) : 0;
     uint64_t since = atomic_load(&pager->cpu_start);
 
     return now > since ? now - since : atomic_load(&pager->cpu_total);

@@ -242,10 +242,7 @@ struct ps_pager {
 
 static inline uint64_t now_ns(void)
 {
-    struct timespec ts;
-
-    clock_gettime(CLOCK_MONOTONIC, &ts);
-    return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
+    return ps_clock_ns(CLOCK_MONOTONIC);
 }
 
 static inline uint64_t min_u64(uint64_t a, uint64_t b)

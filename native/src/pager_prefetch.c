@@ -397,11 +397,9 @@ static int plan(ps_pager *pager, const struct pending *fault, ps_error *err)
             trace_fault(pager, fault, entry, &place, &prediction, 0);
             return PS_OK;
         }
-        /* That one had to give way, or read no further: once more, from here.
-         */
-        prediction.pages = URGENT_PAGES < prefetch->predictor.largest
-                               ? URGENT_PAGES
-                               : prefetch->predictor.largest;
+        /* That one had to give way, or read no further: again, from here. */
+        prediction.pages =
+            (uint32_t)min_u64(URGENT_PAGES, prefetch->predictor.largest);
         prediction.confirms = true;
         prediction.soon = true;
     }

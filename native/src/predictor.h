@@ -39,7 +39,7 @@ struct ps_prediction_record {
     uint64_t line;
     uint64_t at;     /* of the fault */
     uint64_t ahead;  /* the place behind the window */
-    uint64_t behind; /* before it; line's end: none */
+    uint64_t behind; /* before it; UINT64_MAX: none */
     uint64_t number; /* counts up, tells a record from its successors */
     int64_t stride;
     uint32_t pages; /* that the window was to have */

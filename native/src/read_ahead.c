@@ -2,7 +2,6 @@
 #include "read_ahead.h"
 
 #include <pthread.h>
-#include <time.h>
 
 /* Decoded blocks lie in the processor's cache until they are sent. */
 #define AHEAD_BYTES ((size_t)4 << 20)
@@ -62,7 +61,6 @@ static void work_once(ps_read_ahead *ahead, ps_decoder *decoder)
 static void *run(void *opaque)
 {
     ps_read_ahead *ahead = opaque;
-    struct timespec ts;
 
     pthread_mutex_lock(&ahead->lock);
     while (!ahead->quit) {
@@ -74,10 +72,7 @@ static void *run(void *opaque)
         pthread_cond_wait(&ahead->work, &ahead->lock);
     }
     pthread_mutex_unlock(&ahead->lock);
-    if (clock_gettime(CLOCK_THREAD_CPUTIME_ID, &ts) == 0) {
-        ahead->cpu_ns =
-            (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
-    }
+    ahead->cpu_ns = ps_clock_ns(CLOCK_THREAD_CPUTIME_ID);
     return NULL;
 }
 

@@ -7,7 +7,6 @@
 #include "saver.h"
 
 #include <stdio.h>
-#include <time.h>
 
 static const char spool_reading[] = "reading the page spool";
 
@@ -141,14 +140,6 @@ static void describe(const ps_spaces *spaces, ps_locality *out)
     out->from_free = stats->sources[PS_SOURCE_FREE];
 }
 
-static uint64_t now_ns(void)
-{
-    struct timespec ts;
-
-    clock_gettime(CLOCK_MONOTONIC, &ts);
-    return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
-}
-
 int ps_saver_locate(ps_saver *saver, const ps_cpu_paging *cpus,
                     size_t cpu_count, const ps_physical_range *ranges,
                     size_t range_count, ps_locality *out, ps_error *err)
@@ -158,7 +149,7 @@ int ps_saver_locate(ps_saver *saver, const ps_cpu_paging *cpus,
         calloc(range_count ? range_count : 1, sizeof(*known));
     size_t used_length = (size_t)(s->leaves * (PS_LEAF_PAGES / 8));
     ps_saved_memory saved = {.saver = s};
-    uint64_t began = now_ns();
+    uint64_t began = ps_clock_ns(CLOCK_MONOTONIC);
     void *used;
     int code;
 
@@ -191,6 +182,6 @@ int ps_saver_locate(ps_saver *saver, const ps_cpu_paging *cpus,
         return code;
     }
     describe(s->spaces, out);
-    out->duration = now_ns() - began;
+    out->duration = ps_clock_ns(CLOCK_MONOTONIC) - began;
     return PS_OK;
 }

@@ -1,15 +1,12 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "trace.h"
 
-#include <time.h>
-
 int ps_trace_init(ps_trace *trace, int fd, const uint8_t *uuid, ps_error *err)
 {
     ps_trace_header header = {
         .version = 1,
         .record_size = sizeof(ps_trace_record),
     };
-    struct timespec now;
 
     *trace = (ps_trace){.fd = fd};
     if (fd < 0) {
@@ -20,11 +17,9 @@ int ps_trace_init(ps_trace *trace, int fd, const uint8_t *uuid, ps_error *err)
         trace->fd = -1;
         return ps_fail(err, PS_ERR_NOMEM, PS_NOWHERE, "no memory");
     }
-    clock_gettime(CLOCK_REALTIME, &now);
     memcpy(header.magic, PS_TRACE_MAGIC, sizeof(header.magic));
     memcpy(header.uuid, uuid, sizeof(header.uuid));
-    header.realtime =
-        (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+    header.realtime = ps_clock_ns(CLOCK_REALTIME);
     if (ps_write_all(fd, &header, sizeof(header), "writing the trace", err)) {
         trace->fd = -1; /* it is worth no guest */
     }

@@ -26,14 +26,6 @@ struct partner {
     int cpu;
 };
 
-static uint64_t now_ns(void)
-{
-    struct timespec ts;
-
-    clock_gettime(CLOCK_MONOTONIC, &ts);
-    return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
-}
-
 static int pin(int cpu)
 {
     cpu_set_t set;
@@ -101,19 +93,19 @@ static void *measure(void *opaque)
         pthread_create(&thread, NULL, echo, &partner)) {
         goto out;
     }
-    begin = now_ns();
+    begin = ps_clock_ns(CLOCK_MONOTONIC);
     for (int i = 0; i < WARM_UP + ROUNDS; i++) {
         struct timespec gap = {.tv_nsec = GAP_NS};
         uint64_t start, end;
 
         clock_nanosleep(CLOCK_MONOTONIC, 0, &gap, NULL);
-        start = now_ns();
+        start = ps_clock_ns(CLOCK_MONOTONIC);
         one = 1;
         if (!transfer(partner.ask, true, &one) ||
             !transfer(partner.answer, false, &one)) {
             break;
         }
-        end = now_ns();
+        end = ps_clock_ns(CLOCK_MONOTONIC);
         if (i >= WARM_UP) {
             times[count++] = (end - start) / 2;
         }
